@@ -1,0 +1,15 @@
+"""Train a hybrid linear model: python examples/pretrain.py --config examples/configs/x.yaml [any flag].
+
+Under torchrun for several processes. The configuration's keys are Megatron's and linear_moe's flags; flags on the
+command line override them. --help lists all.
+"""
+
+import sys
+
+from linear_moe.mcore.pretrain import main
+
+if __name__ == "__main__":  # checkpoint writers start this module again in processes of their own
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,230 @@
+"""Our command-line flags, configuration files, and what they mean for the model's layers."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import yaml
+from megatron.training.arguments import add_megatron_arguments
+
+from linear_moe.mcore.cpu import cpu_defaults
+from linear_moe.mcore.specs import LayerOptions, expand_pattern, moe_layers
+from linear_moe.mom import MoMConfig
+from linear_moe.ssm import MIXERS, mixer_class
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add our flags to a Megatron parser; give it to Megatron as ``extra_args_provider``."""
+    group = parser.add_argument_group("linear_moe")
+    group.add_argument(
+        "--mixer",
+        default="gated_deltanet",
+        help=f"linear mixer of the L layers: {', '.join(MIXERS)}, or package.module:Class for your own",
+    )
+    group.add_argument(
+        "--mixer-args", type=_json_object, default={}, help='the mixer\'s options as JSON, such as {"head_dim": 64}'
+    )
+    group.add_argument(
+        "--layer-pattern",
+        default="L",
+        help="one letter a layer, L (linear mixer) or N (softmax attention), repeated to --num-layers, such as LLLN",
+    )
+    group.add_argument("--mom-memories", type=int, default=0, help="memories of Mixture-of-Memories; 0: none")
+    group.add_argument("--mom-topk", type=int, default=2, help="memories that each token is routed to")
+    group.add_argument(
+        "--mom-shared-memory",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="one more memory that sees every token",
+    )
+    group.add_argument("--mom-single-kv", action="store_true", help="one set of write projections for all memories")
+    group.add_argument(
+        "--mom-balance-coeff", type=float, default=1e-2, help="weight of the balance loss, which is 1 when balanced"
+    )
+    group.add_argument("--mom-z-loss-coeff", type=float, default=0.0, help="weight of the router z-loss")
+    # Heterogeneous layers cannot share one checkpoint entry with a layer axis.
+    parser.set_defaults(hetereogenous_dist_checkpoint=True, **cpu_defaults())
+    return parser
+
+
+def _json_object(text: str) -> dict:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f'not JSON ({error}); write it as {{"head_dim": 64}}: {text!r}') from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, but is {text!r}")
+    return value
+
+
+def layer_options(args) -> LayerOptions:
+    """What the arguments say about the layers.
+
+    Args:
+        args: parsed arguments, Megatron's and ours.
+
+    Raises:
+        ValueError: whatever does not fit together, with the rule and the values.
+    """
+    pattern = expand_pattern(args.layer_pattern, args.num_layers)
+    mixer = mixer_class(args.mixer)
+    mixer_config = mixer.make_config(args.hidden_size, args.num_attention_heads, args.mixer_args)
+    mom = None
+    if args.mom_memories:
+        mom = MoMConfig(
+            memories=args.mom_memories,
+            topk=args.mom_topk,
+            shared=args.mom_shared_memory,
+            single_kv=args.mom_single_kv,
+            balance_coeff=args.mom_balance_coeff,
+            z_loss_coeff=args.mom_z_loss_coeff,
+        )
+    return LayerOptions(pattern, mixer, mixer_config, mom)
+
+
+def check_arguments(args) -> None:
+    """Refuse, before any work, what Megatron's own checks let through and our layers cannot do.
+
+    Raises:
+        ValueError: with the rule and the values.
+    """
+    options = layer_options(args)
+    tp = args.tensor_model_parallel_size
+    heads = {"num_attention_heads": args.num_attention_heads}
+    if args.group_query_attention:
+        heads["num_query_groups"] = args.num_query_groups
+    if "L" in options.pattern:
+        heads["mixer option num_heads"] = options.mixer_config.num_heads
+        heads["mixer option num_value_heads"] = options.mixer_config.num_value_heads
+        if args.reset_attention_mask:
+            raise ValueError(
+                "linear mixers see no attention mask, so --reset-attention-mask cannot keep documents apart; "
+                "use --dataloader-inter-document-masking, which packs them"
+            )
+    for name, number in heads.items():
+        if number % tp:
+            raise ValueError(f"{name} ({number}) must be divisible by tensor_model_parallel_size ({tp})")
+    if args.num_experts and args.num_experts % args.expert_model_parallel_size:
+        raise ValueError(
+            f"num_experts ({args.num_experts}) must be divisible by "
+            f"expert_model_parallel_size ({args.expert_model_parallel_size})"
+        )
+    if args.context_parallel_size > 1:
+        raise ValueError(f"context_parallel_size ({args.context_parallel_size}) must be 1: it is not supported yet")
+    if args.mtp_num_layers:
+        raise ValueError(f"mtp_num_layers ({args.mtp_num_layers}) must be 0: it is not supported yet")
+    interleaved = args.num_layers_per_virtual_pipeline_stage or args.num_virtual_stages_per_pipeline_rank
+    if interleaved and not args.overlap_p2p_comm:
+        raise ValueError(
+            "the interleaved pipeline schedule needs overlapped p2p communication (batched p2p gives wrong gradients): "
+            "drop --no-overlap-p2p-communication"
+        )
+    missing_te = {"layernorm", "moe_act"} & set(args.recompute_modules or ())
+    if args.transformer_impl == "local" and args.recompute_granularity == "selective" and missing_te:
+        raise ValueError(f"recompute_modules {sorted(missing_te)} need --transformer-impl transformer_engine")
+    moe_layers(argparse.Namespace(**{**vars(args), "num_moe_experts": args.num_experts}))
+
+
+def config_argv(config: Mapping[str, object], source: str = "config") -> list[str]:
+    """A configuration as command-line flags, to stand before the user's own, which then override it.
+
+    Keys are the names of Megatron's and our flags, with ``-`` or ``_``. true sets a switch, false its ``--no-`` form
+    or, where it has none, leaves it out; a list gives a flag several values; a mapping becomes JSON.
+
+    Raises:
+        ValueError: a key that no flag has (with the nearest), or a value that its flag cannot take.
+    """
+    actions = _actions()
+    argv: list[str] = []
+    for key, value in config.items():
+        flag = "--" + str(key).replace("_", "-")
+        action = actions.get(flag)
+        if action is None:
+            near = difflib.get_close_matches(flag, actions, n=1)
+            hint = f"; did you mean {near[0].removeprefix('--')!r}?" if near else ""
+            raise ValueError(f"{source}: unknown key {key!r}{hint}")
+        if value is None:
+            continue
+        if action.nargs == 0:  # a switch
+            if not isinstance(value, bool):
+                raise ValueError(f"{source}: {key} is a switch, so it must be true or false, but is {value!r}")
+            opposite = "--no-" + flag.removeprefix("--")
+            if value:
+                argv.append(flag)
+            elif opposite in action.option_strings:
+                argv.append(opposite)
+        elif isinstance(value, Mapping):
+            argv += [flag, json.dumps(value)]
+        elif isinstance(value, list):
+            # A flag that takes one value reads a list as Megatron writes it, without spaces: [1,0,0].
+            argv += [flag, *map(str, value)] if action.nargs else [flag, json.dumps(value, separators=(",", ":"))]
+        else:
+            argv += [flag, str(value)]
+    return argv
+
+
+def _actions() -> dict[str, argparse.Action]:
+    """Flag -> argparse action, of Megatron's and our flags."""
+    parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+    return {flag.replace("_", "-"): action for action in parser._actions for flag in action.option_strings}
+
+
+def read_config(path: str | Path) -> dict:
+    """A YAML mapping of arguments.
+
+    Raises:
+        ValueError: no such file, or not a mapping.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"configuration {path} does not exist")
+    try:
+        config = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"configuration {path} is not valid YAML: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"configuration {path} must map argument names to values, but is a {type(config).__name__}")
+    return config
+
+
+def expand_argv(argv: list[str]) -> list[str]:
+    """Replace ``--config file.yaml`` by the flags that it stands for, put first so that the others override them.
+
+    ``--no-<switch>`` on the command line takes back a switch that the file set and that has no such flag of its own.
+    """
+    pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    pre.add_argument("--config")
+    known, rest = pre.parse_known_args(argv)
+    if known.config is None:
+        return rest
+    flags = config_argv(read_config(known.config), known.config)
+    actions = _actions()
+    for taken_back in [flag for flag in rest if flag.startswith("--no-") and flag not in actions]:
+        flag = "--" + taken_back.removeprefix("--no-")
+        if flag in flags:
+            flags.remove(flag)
+            rest.remove(taken_back)
+    _refuse_unknown(rest, actions)
+    return flags + rest
+
+
+def _refuse_unknown(argv: list[str], actions: Mapping[str, argparse.Action]) -> None:
+    for flag in _flags(argv):
+        if flag.replace("_", "-") not in actions:
+            near = difflib.get_close_matches(flag, actions, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"unknown flag {flag}{hint}")
+
+
+def _flags(argv: list[str]) -> Iterator[str]:
+    return (word.split("=")[0] for word in argv if word.startswith("--"))
+
+
+def set_argv(argv: list[str]) -> None:
+    """Megatron parses ``sys.argv``: put the flags there."""
+    sys.argv = [sys.argv[0], *argv]

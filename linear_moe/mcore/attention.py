@@ -1,0 +1,93 @@
+"""Softmax core attention on torch's scaled_dot_product_attention: CPU and GPU, no Transformer Engine needed."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+
+class TorchAttention(MegatronModule):
+    """Stands where mcore's DotProductAttention stands in a layer spec; grouped queries, dropout, packed sequences.
+
+    Packed sequences are masked by a ``[T, T]`` boolean matrix, so their memory grows with the square of the pack; the
+    Transformer Engine specs have no such matrix.
+
+    Raises:
+        ValueError: context parallelism, sliding windows or attention sinks, which it does not have.
+    """
+
+    def __init__(
+        self,
+        config,
+        layer_number,
+        attn_mask_type,
+        attention_type,
+        attention_dropout=None,
+        softmax_scale=None,
+        cp_comm_type=None,
+        pg_collection=None,
+        **kwargs,
+    ):
+        super().__init__(config=config)
+        if config.context_parallel_size > 1:
+            raise ValueError(f"context_parallel_size ({config.context_parallel_size}) must be 1 with local attention")
+        if config.window_size is not None or config.softmax_type != "vanilla":
+            raise ValueError(
+                f"local attention has neither sliding windows (window_size={config.window_size}) nor attention sinks "
+                f"(softmax_type={config.softmax_type}); use --transformer-impl transformer_engine"
+            )
+        self.causal = attn_mask_type == AttnMaskType.causal
+        self.scale = softmax_scale
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type=None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params=None,
+        **kwargs,
+    ) -> Tensor:
+        """query ``[s, b, heads, d]`` (key and value may have fewer heads), or ``[t, heads, d]`` when packed.
+
+        Returns ``[s, b, heads * d]``, packed ``[t, heads * d]``. attention_mask: True where attention is forbidden;
+        read only where the mask is not plainly causal.
+        """
+        if attention_bias is not None:
+            raise ValueError("local attention takes no attention_bias")
+        packed = packed_seq_params is not None
+        if packed:
+            query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads, s, d]
+        causal = self.causal if attn_mask_type is None else attn_mask_type == AttnMaskType.causal
+        mask = None
+        if packed:
+            mask, causal = block_causal_mask(packed_seq_params.cu_seqlens_q, q.shape[2]), False
+        elif not causal and attention_mask is not None:
+            mask = ~attention_mask
+        dropout = self.dropout if self.training else 0.0
+
+        def attend() -> Tensor:
+            return F.scaled_dot_product_attention(
+                q, k, v, mask, dropout, causal, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]
+            )
+
+        if dropout:
+            with tensor_parallel.get_cuda_rng_tracker().fork():  # every tensor-parallel rank drops its own
+                o = attend()
+        else:
+            o = attend()
+        o = o.permute(2, 0, 1, 3).flatten(2)
+        return o.squeeze(1) if packed else o
+
+
+def block_causal_mask(cu_seqlens: Tensor, T: int) -> Tensor:
+    """Bool ``[T, T]``: row t may attend to tokens up to t of its own sequence."""
+    token = torch.arange(T, device=cu_seqlens.device)
+    sequence = torch.searchsorted(cu_seqlens[1:].long(), token, right=True)
+    return (sequence[:, None] == sequence) & (token[:, None] >= token)

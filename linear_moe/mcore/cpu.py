@@ -1,0 +1,213 @@
+"""Run Megatron-Core 0.19 on a machine without CUDA: gloo for communication, the CPU in place of the device.
+
+`enable_cpu()` is called once, before Megatron is used. Megatron asks `torch.cuda` for its device, its streams, its
+random numbers and its memory; where there is no CUDA, each of those questions gets the CPU's answer. Nothing here is a
+mock: the model, the optimizer, the communication and the checkpoints are Megatron's own.
+"""
+
+import collections
+import contextlib
+import functools
+import logging
+import os
+import types
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+_enabled = False
+
+
+def enable_cpu() -> bool:
+    """Make Megatron run on the CPU. Idempotent; returns False, and changes nothing, where CUDA is available."""
+    global _enabled
+    if torch.cuda.is_available():
+        return False
+    if not _enabled:
+        _enabled = True
+        ensure_rendezvous()
+        # mcore decorates small functions with torch.compile; on CPU that costs minutes of C++ compilation for nothing.
+        # Before the patches, because importing dynamo makes a table of torch.cuda's functions.
+        torch.compiler.set_stance("force_eager")
+        _patch_torch_cuda()
+        _DeviceMode().__enter__()  # for the life of the process
+        _patch_megatron()
+    return True
+
+
+def cpu_defaults() -> dict:
+    """Megatron's arguments on CPU, for `parser.set_defaults(**cpu_defaults())` in `extra_args_provider`.
+
+    Not for Megatron's `args_defaults`: that only fills arguments whose own default is None, which none of these are.
+    Set as the parser's defaults, a flag on the command line still overrides them. Empty where CUDA is available.
+    """
+    if torch.cuda.is_available():
+        return {}
+    return {
+        "distributed_backend": "gloo",
+        "transformer_impl": "local",  # Transformer Engine is CUDA only
+        "use_cpu_initialization": True,  # the whole weight is made and cut, so that it does not depend on TP
+        # fused kernels that exist for CUDA only
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "bias_dropout_fusion": False,
+        "apply_rope_fusion": False,
+        "no_persist_layer_norm": True,
+        "num_workers": 0,  # forking data workers beside gloo's threads can hang, and the cores are busy training
+    }
+
+
+def ensure_rendezvous() -> None:
+    """Let a single process start without torchrun: Megatron's env:// rendezvous needs these variables."""
+    if "WORLD_SIZE" not in os.environ:
+        single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        for name, value in single.items():
+            os.environ.setdefault(name, value)  # port 0: the system picks a free one
+
+
+class _DeviceMode(TorchFunctionMode):
+    """Reads "cuda" as "cpu" in every torch call. Costs about 2 microseconds a call."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # clip_grads and the distributed optimizer compare with "torch.cuda.FloatTensor" to tell the dtype.
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if kwargs:
+            if "device" in kwargs:
+                kwargs["device"] = _to_cpu(kwargs["device"])
+            kwargs.pop("pin_memory", None)  # pinning needs a CUDA context
+            return func(*map(_to_cpu, args), **kwargs) if func is torch.Tensor.to else func(*args, **kwargs)
+        if func is torch.Tensor.to:
+            return func(*map(_to_cpu, args))
+        if func is torch.Tensor.pin_memory:
+            return args[0]
+        return func(*args)
+
+
+def _to_cpu(device):
+    """CPU for any CUDA device given as a string, torch.device or index; anything else unchanged."""
+    if isinstance(device, str) and device.startswith("cuda"):
+        return CPU
+    if isinstance(device, torch.device) and device.type == "cuda":
+        return CPU
+    return device
+
+
+class _Stream:
+    """A stream on which everything has already happened: CPU operations return when they are done."""
+
+    cuda_stream = 0
+    device = CPU
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def _done(self, *args, **kwargs):
+        return None
+
+    synchronize = wait_event = wait_stream = _done
+
+    def record_event(self, event=None):
+        return event or _Event()
+
+    def query(self):
+        return True
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        return None
+
+
+class _Event(_Stream):
+    """An event that has already happened."""
+
+    record = wait = _Stream._done
+
+    def elapsed_time(self, end):
+        return 0.0
+
+
+def _patch_torch_cuda() -> None:
+    """torch.cuda's questions, answered by the CPU."""
+
+    def nothing(*args, **kwargs):
+        return None
+
+    def zero(*args, **kwargs):
+        return 0
+
+    stream = _Stream()
+    # Capability (0, 0) turns every "if the GPU is at least ..." off.
+    properties = types.SimpleNamespace(major=0, minor=0, name="cpu", multi_processor_count=1, total_memory=0)
+    answers = {
+        "current_device": lambda: CPU,
+        "device_count": lambda: 1,  # 0 would leave model parallelism and the seeds uninitialised
+        "get_device_properties": lambda *args: properties,
+        "get_device_capability": lambda *args: (0, 0),
+        "get_device_name": lambda *args: "cpu",
+        "memory_stats": lambda *args: collections.defaultdict(int),
+        "Stream": _Stream,
+        "Event": _Event,
+        "stream": lambda s: contextlib.nullcontext(),
+        "device": lambda d: contextlib.nullcontext(),
+        "current_stream": lambda *args: stream,
+        "default_stream": lambda *args: stream,
+        "is_current_stream_capturing": lambda: False,
+        # The CPU generator is what dropout draws from here, so it is the one to seed, save and fork.
+        "manual_seed": torch.default_generator.manual_seed,  # not torch.manual_seed, which calls these two
+        "manual_seed_all": torch.default_generator.manual_seed,
+        "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
+        "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
+    }
+    answers |= dict.fromkeys(["set_device", "set_stream", "synchronize", "empty_cache", "ipc_collect"], nothing)
+    answers |= dict.fromkeys(["reset_peak_memory_stats", "reset_max_memory_allocated"], nothing)
+    answers |= dict.fromkeys(["memory_allocated", "max_memory_allocated", "memory_reserved"], zero)
+    answers |= dict.fromkeys(["max_memory_reserved", "device_memory_used", "utilization"], zero)
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, answer)
+    for name in ("range_push", "range_pop", "mark"):
+        setattr(torch.cuda.nvtx, name, nothing)
+    # The mode above never sees these: modules move themselves, and a tensor's method may be called outside torch.
+    torch.nn.Module.cuda = lambda self, device=None: self
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.Tensor.record_stream = nothing
+
+
+def _patch_megatron() -> None:
+    """The few places where Megatron itself must know that there is no GPU."""
+    import megatron.training as package
+    from megatron.core import jit
+    from megatron.core.tensor_parallel import random as mcore_random
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+    from megatron.training import initialize, training
+
+    jit.disable_jit_fuser()
+
+    # Its own assertion: "Megatron requires CUDA".
+    start = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
+    initialize.initialize_megatron = training.initialize_megatron = package.initialize_megatron = start
+
+    # Warming up fused kernels that are off, it would draw random numbers of TP-dependent shapes from the generator that
+    # initialises the model, and initial values would depend on the layout.
+    initialize.set_jit_fusion_options = training.set_jit_fusion_options = lambda tp_size=None: None
+
+    # These read torch.cuda.default_generators, which are empty here.
+    mcore_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    mcore_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    # ... and their fork() warns whenever the CPU generator was used inside it, which here is its purpose.
+    logging.getLogger(mcore_random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.msg)
+
+    # Split sizes become numpy only on their way from the GPU; all_to_all_single does not take them as tensors.
+    move = moe_utils.maybe_move_tensor_to_cpu
+
+    def move_split_sizes(tensor, as_numpy=False, record_stream=False):
+        if as_numpy and isinstance(tensor, torch.Tensor):
+            return tensor.numpy()
+        return move(tensor, as_numpy, record_stream)
+
+    moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = move_split_sizes

@@ -1,0 +1,82 @@
+"""Floating-point operations of a training step (Megatron's own formula counts every layer as softmax attention)."""
+
+from __future__ import annotations
+
+from linear_moe.mcore.arguments import layer_options
+from linear_moe.mcore.specs import moe_layers
+
+
+def training_flops(args, batch_size, seqlen_squared_sum_in_batch=None, total_real_tokens_in_batch=None) -> float:
+    """Operations of one step, forward and backward (2 and 4 for a multiply-add), without recomputation.
+
+    Stands where Megatron has ``num_floating_point_operations`` and takes the same arguments: batch_size in samples; the
+    sum of the squared lengths of packed sequences and their tokens, where they are packed. Causal attention counts
+    half of its square; a linear mixer counts its recurrence (``Mixer.rule_flops``); MoM counts its routed rows.
+    """
+    tokens = total_real_tokens_in_batch or batch_size * args.seq_length
+    squared = seqlen_squared_sum_in_batch or batch_size * args.seq_length**2
+    options = layer_options(args)
+    moe = moe_layers(_Config(args))
+    per_token = 2 * args.hidden_size * args.padded_vocab_size  # logits
+    attention_pairs = 0.0
+    for letter, is_moe in zip(options.pattern, moe):
+        if letter == "N":
+            projections, pairs = _softmax(args)
+            per_token += projections
+            attention_pairs += pairs
+        else:
+            per_token += _mixer(args.hidden_size, options)
+        per_token += _feed_forward(args, is_moe)
+    return 3.0 * (per_token * tokens + attention_pairs * squared / 2)
+
+
+class _Config:
+    """args under the names of Megatron's TransformerConfig."""
+
+    def __init__(self, args):
+        self.moe_layer_freq, self.num_layers = args.moe_layer_freq, args.num_layers
+        self.num_moe_experts = args.num_experts
+
+
+def _softmax(args) -> tuple[int, int]:
+    """(forward operations a token of the projections, forward operations a pair of tokens)."""
+    heads, hidden = args.num_attention_heads, args.hidden_size
+    if args.multi_latent_attention:
+        q_head, v_head = args.qk_head_dim + args.qk_pos_emb_head_dim, args.v_head_dim
+        q = heads * q_head * hidden
+        if args.q_lora_rank:
+            q = args.q_lora_rank * (hidden + heads * q_head)
+        kv = hidden * (args.kv_lora_rank + args.qk_pos_emb_head_dim)
+        kv += args.kv_lora_rank * heads * (args.qk_head_dim + v_head)
+        return 2 * (q + kv + heads * v_head * hidden), 2 * heads * (q_head + v_head)
+    groups = args.num_query_groups if args.group_query_attention else heads
+    width = args.kv_channels
+    return 2 * hidden * width * (2 * heads + 2 * groups), 4 * heads * width
+
+
+def _mixer(hidden: int, options) -> int:
+    """Forward operations a token of an L layer."""
+    mixer = options.mixer(options.mixer_config)
+    config, mom = options.mixer_config, options.mom
+    rows = mom.topk + mom.shared if mom else 1  # packed rows a token makes
+    total = 2 * hidden * mom.memories if mom else 0  # router
+    for spec in mixer.projections().values():
+        width = spec.width * mixer.heads(spec.per)
+        copies = rows if spec.role == "write" and mom and not mom.single_kv else 1
+        size = spec.low_rank * (hidden + width) if spec.low_rank else hidden * width
+        total += 2 * size * copies
+        if spec.conv and spec.role != "gate":
+            total += 2 * width * config.conv_size * rows
+    values = config.num_value_heads * config.value_head_dim
+    total += mixer.rule_flops * config.head_dim * values * rows
+    return total + 2 * values * hidden  # output projection
+
+
+def _feed_forward(args, is_moe: bool) -> int:
+    """Forward operations a token of a feed-forward layer."""
+    matrices = 3 if args.swiglu else 2
+    if not is_moe:
+        return 2 * matrices * args.hidden_size * args.ffn_hidden_size
+    width = (args.moe_ffn_hidden_size or args.ffn_hidden_size) * args.moe_router_topk
+    width += args.moe_shared_expert_intermediate_size or 0
+    return 2 * matrices * args.hidden_size * width + 2 * args.hidden_size * args.num_experts

@@ -1,0 +1,204 @@
+"""A mixer, with or without Mixture-of-Memories, where Megatron's TransformerLayer has its self-attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core import num_microbatches_calculator
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+    sharded_state_dict_default,
+)
+from torch import Tensor
+
+from linear_moe.mcore.telemetry import telemetry
+from linear_moe.mom import MoMConfig, Router, make_routes
+from linear_moe.ssm import Mixer
+from linear_moe.ssm.core import MixerCore
+
+
+@dataclass
+class MixerLayerSubmodules:
+    """linear_proj: the row-parallel output projection."""
+
+    linear_proj: type
+
+
+class MixerLayer(MegatronModule):
+    """Heads over tensor-parallel ranks; hidden states ``[s (/ tp under SP), b, hidden]`` in and out.
+
+    The hidden states are gathered (SP) or copied (TP) once. From there every gradient is a partial sum over the ranks:
+    the copy's backward adds up the input's, and ``_replicated`` adds up those of parameters that all ranks hold. So the
+    router, which every rank computes in full, gets the sum over ranks of its routing weights' gradients.
+
+    Args:
+        config, submodules, layer_number (from 1), pg_collection: as Megatron gives them to self-attention.
+        mixer: the mixer's class. mixer_config: its options. mom: Mixture-of-Memories, or None.
+    """
+
+    def __init__(
+        self,
+        config,
+        submodules: MixerLayerSubmodules,
+        layer_number: int,
+        *,
+        mixer: type[Mixer],
+        mixer_config: Mixer.Config,
+        mom: MoMConfig | None,
+        pg_collection=None,
+        name: str | None = None,
+        **kwargs,
+    ):
+        super().__init__(config=config)
+        if config.context_parallel_size > 1:
+            raise ValueError(f"context_parallel_size ({config.context_parallel_size}) must be 1 with linear mixers")
+        pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        self.tp_group, self.layer_number, self.mom = pg_collection.tp, layer_number, mom
+        factory = {
+            "dtype": config.params_dtype,
+            "device": "cpu" if config.use_cpu_initialization else torch.cuda.current_device(),
+        }
+        self.core = MixerCore(
+            mixer(mixer_config, layer_number - 1, config.num_layers),
+            config.hidden_size,
+            memories=mom.projections if mom else 0,
+            shards=self.tp_group.size(),
+            shard=self.tp_group.rank(),
+            replicated=self._replicated,
+            **factory,
+        )
+        if mom:
+            self.router = Router(config.hidden_size, mom.memories, mom.topk, **factory)
+        if config.perform_initialization:
+            self.core.reset_parameters(config.init_method)
+            if mom:
+                config.init_method(self.router.weight)
+        sharded = self.core.sharded_axes()
+        for key, parameter in self.core.named_parameters():
+            if key in sharded:
+                set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=sharded[key], stride=1)
+        self.linear_proj = build_module(
+            submodules.linear_proj,
+            mixer_config.num_value_heads * mixer_config.value_head_dim,
+            config.hidden_size,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=config.add_bias_linear,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            is_expert=False,
+            tp_comm_buffer_name="proj",
+            tp_group=self.tp_group,
+            name=f"{name}.linear_proj" if name else None,
+        )
+
+    def _replicated(self, parameter: Tensor) -> Tensor:
+        """The parameter; its gradient is summed over the tensor-parallel ranks, each of which adds its heads' part."""
+        return copy_to_tensor_model_parallel_region(parameter, group=self.tp_group)
+
+    def _loss_scale(self, tokens: int) -> Tensor | float:
+        """What an auxiliary loss of one must weigh here, so that it adds to the model's loss as one.
+
+        Megatron divides the loss by the number of microbatches, or, with calculate_per_token_loss, the gradients by
+        the number of tokens. Every tensor-parallel rank computes the same loss, and their gradients are summed.
+        """
+        scale = 1.0 / self.tp_group.size()
+        if self.config.calculate_per_token_loss:
+            scale *= tokens
+        elif num_microbatches_calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR is not None:
+            scale /= num_microbatches_calculator.get_num_microbatches()
+        if self.config.grad_scale_func is not None:  # fp16's dynamic loss scale
+            scale = self.config.grad_scale_func(torch.full((), scale, device=self.router.weight.device))
+        return scale
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask=None, *, inference_context=None, packed_seq_params=None, **kwargs
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states ``[s (/ tp under SP), b, hidden]`` -> the same shape, and the output projection's bias or None.
+
+        Attention masks and rotary embeddings are softmax attention's: the causal order is in the rule itself.
+        """
+        if inference_context is not None:
+            raise ValueError("linear mixers cannot decode with an inference context yet; run the full sequence")
+        if self.config.sequence_parallel and self.tp_group.size() > 1:
+            x = gather_from_sequence_parallel_region(hidden_states, group=self.tp_group)
+        else:
+            x = copy_to_tensor_model_parallel_region(hidden_states, group=self.tp_group)
+        x = x.transpose(0, 1)  # [b, s, hidden]
+        cu_seqlens = packed_cu_seqlens(packed_seq_params)
+        routes = None
+        if self.mom:
+            routing = self.router(x.flatten(0, 1), self._replicated(self.router.weight))
+            if self.training and torch.is_grad_enabled():  # once, also under activation recomputation
+                telemetry.record(self.layer_number, routing)
+            scale = self._loss_scale(x.shape[0] * x.shape[1])
+            routes = make_routes(routing, self.mom, x.shape[:2], cu_seqlens, scale)
+        y = self.core(x, routes=routes, cu_seqlens=cu_seqlens)
+        return self.linear_proj(y.transpose(0, 1).contiguous())
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        """Every parameter by its place in the whole model, so that a checkpoint loads under any other layout."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        state = {}
+        for key, module in self.named_children():
+            if key == "core":
+                continue
+            state |= sharded_state_dict_default(
+                module, f"{prefix}{key}.", sharded_offsets, metadata, tp_group=self.tp_group
+            )
+        core = make_sharded_tensors_for_checkpoint(
+            self.core.state_dict(keep_vars=True),
+            f"{prefix}core.",
+            self.core.sharded_axes(),
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        for key, sections in self.core.sections().items():
+            key = f"{prefix}core.{key}"
+            axis = self.core.sharded_axes()[key.removeprefix(f"{prefix}core.")]
+            core[key] = _by_section(core[key], sections, axis, tuple(sharded_offsets), self.tp_group)
+        return state | core
+
+
+def packed_cu_seqlens(packed_seq_params) -> Tensor | None:
+    """Borders of the packed sequences, int32 ``[N + 1]``, padding included; None when not packed."""
+    if packed_seq_params is None:
+        return None
+    padded = packed_seq_params.cu_seqlens_q_padded
+    return (packed_seq_params.cu_seqlens_q if padded is None else padded).int()
+
+
+def _by_section(whole: ShardedTensor, sections: dict[str, int], axis: int, offsets, tp_group) -> ShardedTensorFactory:
+    """A fused parameter as one sharded tensor a section: each is cut by heads, the fused one as a whole is not."""
+
+    def build(key, tensor, replica_id, flattened_range):
+        if flattened_range is not None:
+            raise ValueError(f"{key}: flattened optimizer shards are not supported; use a reshardable format")
+        return [
+            ShardedTensor.from_rank_offsets(
+                f"{key}.{name}",
+                part.contiguous(),
+                *offsets,
+                (axis + len(offsets), tp_group.rank(), tp_group.size()),
+                replica_id=replica_id,
+                prepend_axis_num=len(offsets),
+            )
+            for name, part in zip(sections, tensor.split(list(sections.values()), axis))
+        ]
+
+    return ShardedTensorFactory(
+        whole.key, whole.data, build, lambda parts: torch.cat(parts, axis), whole.replica_id
+    )

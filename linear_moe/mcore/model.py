@@ -1,0 +1,99 @@
+"""From arguments to Megatron's GPTModel with our layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.arguments import parse_args, validate_args
+from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+
+from linear_moe.mcore.arguments import (
+    add_arguments,
+    check_arguments,
+    config_argv,
+    layer_options,
+    read_config,
+    set_argv,
+)
+from linear_moe.mcore.cpu import enable_cpu
+from linear_moe.mcore.init import reinitialize
+from linear_moe.mcore.specs import layer_specs
+
+
+def model_config(args) -> GPTModelConfig:
+    """Megatron's GPTModelConfig with the layers that the arguments name.
+
+    With ``--use-cpu-initialization`` every parameter starts as a function of its name and ``--seed`` alone, whatever
+    the parallel layout.
+    """
+    config = gpt_config_from_args(args)
+    options = layer_options(args)
+    config.transformer_layer_spec = lambda model, vp_stage=None: layer_specs(model.transformer, options, vp_stage)
+    if args.use_cpu_initialization and args.perform_initialization:
+        config.pre_wrap_hooks.append(partial(_reinitialize, seed=args.seed))
+    return config
+
+
+def _reinitialize(chunks: list, seed: int) -> list:
+    for chunk in chunks:
+        reinitialize(chunk, seed)
+    return chunks
+
+
+def build_model(config: str | Path | Mapping[str, object], **overrides: object) -> torch.nn.Module:
+    """The model of a configuration, in this one process, without torchrun; for notebooks and tests.
+
+    Args:
+        config: a YAML file or a mapping of Megatron's and our argument names. overrides: further arguments, such as
+        ``num_layers=4``; they win over the configuration.
+
+    Returns:
+        A ``megatron.core.models.gpt.GPTModel`` on the GPU, or on the CPU where there is none. Call it as
+        ``model(tokens, position_ids, None, labels=labels)`` with int64 ``[b, s]`` tensors: losses ``[b, s]`` with
+        labels, logits ``[b, s, vocab]`` without.
+
+    Raises:
+        ValueError: an unknown key or values that do not fit together.
+    """
+    enable_cpu()
+    merged = dict(read_config(config)) if isinstance(config, (str, Path)) else dict(config)
+    name = str(config) if isinstance(config, (str, Path)) else "build_model"
+    merged = {str(key).replace("_", "-"): value for key, value in merged.items()}
+    merged |= {key.replace("_", "-"): value for key, value in overrides.items()}
+    merged |= {"tensor-model-parallel-size": 1, "pipeline-model-parallel-size": 1, "expert-model-parallel-size": 1}
+    merged.setdefault("micro-batch-size", 1)
+    merged.setdefault("vocab-size", 512)
+    args = _parse(config_argv(merged, name))
+    check_arguments(args)
+    validate_args(args)
+    if not torch.distributed.is_initialized():
+        store = torch.distributed.HashStore()
+        backend = "nccl" if torch.cuda.is_available() and args.distributed_backend == "nccl" else "gloo"
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel()
+    torch.manual_seed(args.seed)
+    model_parallel_cuda_manual_seed(args.seed)
+    config = model_config(args)
+    model = GPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+    for hook in config.pre_wrap_hooks:
+        hook([model])
+    return model.to(torch.cuda.current_device())
+
+
+def _parse(argv: list[str]):
+    import sys
+
+    before = sys.argv
+    try:
+        set_argv(argv)
+        return parse_args(add_arguments)
+    finally:
+        sys.argv = before

@@ -1,0 +1,289 @@
+"""Pretraining: our arguments and layers, then Megatron's own training loop."""
+
+from __future__ import annotations
+
+import functools
+import sys
+
+import torch
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.enums import ModelType
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.utils import (
+    StragglerDetector,
+    flatten_batch_for_packed_sequences,
+    get_attr_wrapped_model,
+    get_batch_on_this_tp_rank,
+)
+from megatron.training import get_args, get_tensorboard_writer, get_timers, get_wandb_writer, pretrain, training
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args, parse_args
+from megatron.training.datasets.sft_dataset import SFTDataset
+from megatron.training.utils import (
+    get_blend_and_blend_per_split,
+    is_first_or_last_pipeline_stage,
+    print_rank_last,
+)
+
+from linear_moe.mcore.arguments import add_arguments, check_arguments, expand_argv, set_argv
+from linear_moe.mcore.checkpoint import check_checkpoint, patch_megatron
+from linear_moe.mcore.cpu import enable_cpu
+from linear_moe.mcore.flops import training_flops
+from linear_moe.mcore.model import model_config
+from linear_moe.mcore.preprocess import check_dataset
+from linear_moe.mcore.telemetry import telemetry
+
+SPIKE = 10  # a loss this many times larger than the largest so far is reported with --check-for-spiky-loss
+BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+PACK_KEYS = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen")
+
+stimer = StragglerDetector()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train what the flags say: ``--config file.yaml`` and any flag of Megatron's or ours.
+
+    Raises:
+        ValueError: arguments, data or a checkpoint that cannot work, before anything is built.
+    """
+    enable_cpu()
+    set_argv(expand_argv(sys.argv[1:] if argv is None else argv))
+    early = parse_args(add_arguments)
+    check_arguments(early)
+    check_data(early)
+    args = parse_and_validate_args(add_arguments, args_defaults={"tokenizer_type": "HuggingFaceTokenizer"})
+    patch_megatron()
+    check_checkpoint(args)
+    install_telemetry()
+    datasets_provider.is_distributed = True
+    pretrain(
+        pretrain_cfg_container_from_args(args, model_config(args)),
+        datasets_provider,
+        ModelType.encoder_or_decoder,
+        forward_step,
+    )
+
+
+def check_data(args) -> None:
+    """Refuse data files that are missing, damaged or too small.
+
+    Raises:
+        ValueError: naming the file and what is wrong with it.
+    """
+    if args.mock_data or args.sft:
+        return
+    paths = [args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path]
+    if not any(paths) and not args.data_args_path and not args.per_split_data_args_path:
+        raise ValueError("no data: give --data-path PREFIX (tools/preprocess_data.py makes one) or --mock-data")
+    for words in filter(None, paths):
+        for word in words:
+            if not _is_weight(word):
+                check_dataset(word, args.seq_length)
+
+
+def _is_weight(word: str) -> bool:
+    """A blend alternates weights and prefixes."""
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+def datasets_provider(num_samples, vp_stage=None):
+    """Train, validation and test sets of Megatron's GPTDataset (or of packed chats with --sft)."""
+    args = get_args()
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=build_tokenizer(args),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        object_storage_cache_path=args.object_storage_cache_path,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        context_parallel_size=args.context_parallel_size,
+        data_parallel_size=args.data_parallel_size,
+        sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
+        inter_document_masking=args.dataloader_inter_document_masking,
+    )
+    kind = SFTDataset if args.sft else MockGPTDataset if args.mock_data else GPTDataset
+    needed = functools.partial(_data_on_this_rank, vp_stage=vp_stage)
+    return BlendedMegatronDatasetBuilder(kind, num_samples, needed, config).build()
+
+
+def _packed() -> bool:
+    return get_args().sft or get_args().dataloader_inter_document_masking
+
+
+def _data_on_this_rank(vp_stage=None) -> bool:
+    """Tokens are read by the first rank of a tensor-parallel group, on stages that see them or need their borders."""
+    return mpu.get_tensor_model_parallel_rank() == 0 and (is_first_or_last_pipeline_stage(vp_stage) or _packed())
+
+
+def get_batch(data_iterator, vp_stage=None) -> dict[str, torch.Tensor | None]:
+    """One microbatch on this rank: BATCH_KEYS and PACK_KEYS, None where this stage has no use for them."""
+    args = get_args()
+    if not is_first_or_last_pipeline_stage(vp_stage) and not _packed():
+        return dict.fromkeys(BATCH_KEYS + PACK_KEYS)
+    tp_rank = mpu.get_tensor_model_parallel_rank()
+    batch = {}
+    if tp_rank == 0:
+        read = next(data_iterator)
+        keys = (*BATCH_KEYS, *PACK_KEYS, "local_cp_size", "hybrid_cp_group")
+        batch = {k: None if read.get(k) is None else read[k].cuda(non_blocking=True) for k in keys}
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        has_cu_seqlens=_packed(),
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        cp_size=1,
+        tp_rank=tp_rank,
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=False,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+    )
+    return flatten_batch_for_packed_sequences(batch)
+
+
+def packed_seq_params(batch: dict) -> PackedSeqParams | None:
+    """Where the sequences of a packed batch lie; None when it is not packed."""
+    if batch.get("cu_seqlens") is None:
+        return None
+    real = batch["cu_seqlens"].squeeze(0)
+    training.update_seqlen_stats_from_cu_seqlens(real)
+    padded = batch.get("cu_seqlens_padded")
+    padded = real if padded is None else padded.squeeze(0)
+    longest = int(batch["max_seqlen"].item())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=padded,
+        cu_seqlens_kv=padded,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+
+
+# --- one step -------------------------------------------------------------------------------------------------------
+
+
+def loss_func(loss_mask: torch.Tensor, output: torch.Tensor):
+    """Sum of the masked token losses, their number, and both for the log."""
+    args = get_args()
+    mask = loss_mask.view(-1).float()
+    loss = (output.view(-1).float() * mask).sum()
+    tokens = mask.sum().detach().to(torch.int)
+    checks = []
+    rerun = get_rerun_state_machine()
+    if args.check_for_nan_in_loss_and_grad:
+        checks += [(torch.isnan, "NaN in the loss", True), (torch.isinf, "Inf in the loss", True)]
+    if args.check_for_spiky_loss:
+        spiky = functools.partial(rerun.is_unexpectedly_large, threshold=SPIKE, context="loss")
+        checks.append((spiky, "a spike in the loss", False))
+    for rejects, message, fatal in checks:
+        rerun.validate_result(result=loss, rejection_func=rejects, message=message, tolerance=0.0, fatal=fatal)
+    return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens.float()])}
+
+
+def forward_step(data_iterator, model):
+    """One microbatch through the model: its output and the function that makes a loss of it."""
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    with stimer(bdata=True):
+        batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+        packed = packed_seq_params(batch)
+    timers("batch-generator").stop()
+    with stimer:
+        output = model(
+            batch["tokens"],
+            batch["position_ids"],
+            batch["attention_mask"],
+            labels=batch["labels"],
+            loss_mask=batch["loss_mask"],
+            packed_seq_params=packed,
+        )
+    return output, functools.partial(loss_func, batch["loss_mask"])
+
+
+# --- logs -----------------------------------------------------------------------------------------------------------
+
+
+def install_telemetry() -> None:
+    """Let Megatron's log also say tokens/s, the true TFLOP/s and, for MoM, what the routers did. Idempotent."""
+    if hasattr(training.training_log, "__wrapped__"):
+        return
+    training.num_floating_point_operations = training_flops
+    log = training.training_log
+
+    @functools.wraps(log)
+    def training_log(loss_dict, total_loss_dict, learning_rate, iteration, *rest, **kwargs):
+        args = get_args()
+        tokens_per_second = _tokens_per_second(args, total_loss_dict) if iteration % args.log_interval == 0 else None
+        result = log(loss_dict, total_loss_dict, learning_rate, iteration, *rest, **kwargs)
+        figures = {} if tokens_per_second is None else {"tokens-per-second": tokens_per_second}
+        if args.mom_memories and iteration % args.tensorboard_log_interval == 0:
+            figures |= _memory_figures(args)
+        _write(figures, iteration)
+        if tokens_per_second is not None:
+            text = f" tokens/s: {tokens_per_second:.0f} |"
+            if "mom/balance_loss" in figures:
+                text += f" MoM balance loss: {figures['mom/balance_loss']:.3f} |"
+                text += f" router entropy: {figures['mom/router_entropy']:.3f} |"
+                text += f" dead memories: {figures['mom/dead_memories']:.0f} |"
+            print_rank_last(text)
+        return result
+
+    training.training_log = training_log
+
+
+def _tokens_per_second(args, total_loss_dict) -> float:
+    """Tokens since the last log line over the time that Megatron's own timer gives it."""
+    steps = 1 + sum(int(total_loss_dict.get(f"{kind} iterations", 0)) for kind in ("advanced", "skipped"))
+    samples = args.micro_batch_size * args.data_parallel_size * get_num_microbatches()
+    return steps * samples * args.seq_length / get_timers()("interval-time").elapsed(reset=False)
+
+
+def _memory_figures(args) -> dict[str, float]:
+    layers = telemetry.report(args.mom_memories, args.num_layers, torch.cuda.current_device())
+    figures, kept = {}, [layer for layer in layers if layer]
+    for number, layer in enumerate(layers, 1):
+        figures |= {f"mom/layer_{number}/{name}": value for name, value in layer.items()}
+    for name in ("balance_loss", "router_entropy", "z_loss"):
+        figures[f"mom/{name}"] = sum(layer[name] for layer in kept) / max(len(kept), 1)
+    figures["mom/dead_memories"] = sum(layer["dead_memories"] for layer in kept)
+    return figures
+
+
+def _write(figures: dict[str, float], iteration: int) -> None:
+    writer, wandb = get_tensorboard_writer(), get_wandb_writer()
+    for name, value in figures.items():
+        if writer:
+            writer.add_scalar(name, value, iteration)
+    if wandb and figures:
+        wandb.log(figures, iteration)

@@ -1,0 +1,164 @@
+"""From a layer pattern to Megatron layer specs: L a linear mixer, N softmax attention, each with its feed-forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_submodules,
+    get_gpt_layer_with_transformer_engine_submodules,
+)
+from megatron.core.tensor_parallel.layers import RowParallelLinear
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from linear_moe.mcore.attention import TorchAttention
+from linear_moe.mcore.mixer_layer import MixerLayer, MixerLayerSubmodules
+from linear_moe.mcore.norm import Norm
+from linear_moe.mom import MoMConfig
+from linear_moe.ssm import Mixer
+
+LETTERS = {"L": "linear mixer", "N": "softmax attention"}
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """What our arguments say about a model's layers.
+
+    Args:
+        pattern: one letter a layer, as long as the model is deep. mixer, mixer_config: the L layers' mixer and its
+        options. mom: Mixture-of-Memories in the L layers, or None.
+    """
+
+    pattern: str
+    mixer: type[Mixer]
+    mixer_config: Mixer.Config
+    mom: MoMConfig | None
+
+
+def expand_pattern(pattern: str, num_layers: int) -> str:
+    """The pattern repeated to the model's depth.
+
+    Raises:
+        ValueError: an unknown letter, or a depth that the pattern's length does not divide.
+    """
+    unknown = sorted(set(pattern) - set(LETTERS))
+    if unknown or not pattern:
+        allowed = ", ".join(f"{letter} ({meaning})" for letter, meaning in LETTERS.items())
+        raise ValueError(f"layer_pattern {pattern!r} has unknown letters {unknown}; allowed: {allowed}")
+    if num_layers % len(pattern):
+        raise ValueError(
+            f"num_layers ({num_layers}) must be a multiple of the length of layer_pattern {pattern!r} ({len(pattern)})"
+        )
+    return pattern * (num_layers // len(pattern))
+
+
+def moe_layers(config) -> list[bool]:
+    """Which layers have a MoE feed-forward: Megatron's ``--moe-layer-freq``, one entry a layer.
+
+    Raises:
+        ValueError: a list that is not one 0 or 1 for every layer.
+    """
+    freq, depth = config.moe_layer_freq, config.num_layers
+    if config.num_moe_experts is None:
+        return [False] * depth
+    if isinstance(freq, int):
+        return [layer % freq == 0 for layer in range(depth)]
+    if len(freq) != depth or set(freq) - {0, 1}:
+        raise ValueError(f"moe_layer_freq must hold one 0 or 1 for each of the {depth} layers, but is {freq}")
+    return [bool(entry) for entry in freq]
+
+
+def layer_specs(config, options: LayerOptions, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """Specs of the layers of this pipeline stage (and virtual stage).
+
+    Args:
+        config: Megatron's TransformerConfig, or anything that has its attributes. options: see LayerOptions.
+    """
+    use_te = config.transformer_impl == "transformer_engine"
+    if not use_te and config.transformer_impl != "local":
+        raise ValueError(f"transformer_impl must be local or transformer_engine, but is {config.transformer_impl}")
+    submodules = _te_submodules if use_te else _local_submodules
+    specs = {}
+    for letter, moe in set(zip(options.pattern, moe_layers(config))):
+        softmax = submodules(config, moe)
+        chosen = softmax if letter == "N" else _with_mixer(softmax, options, use_te)
+        specs[letter, moe] = ModuleSpec(module=TransformerLayer, submodules=chosen)
+    every = [specs[key] for key in zip(options.pattern, moe_layers(config))]
+    if config.pipeline_model_parallel_layout is not None:
+        layout = config.pipeline_model_parallel_layout
+        own = [every[i] for i in layout.get_layer_id_list(layer_type=LayerType.decoder, vp_stage=vp_stage)]
+    else:
+        offset = get_transformer_layer_offset(config, vp_stage=vp_stage)
+        own = every[offset : offset + get_num_layers_to_build(config, vp_stage=vp_stage)]
+    return TransformerBlockSubmodules(layer_specs=own, layer_norm=_te_norm() if use_te else Norm)
+
+
+def _with_mixer(
+    softmax: TransformerLayerSubmodules, options: LayerOptions, use_te: bool
+) -> TransformerLayerSubmodules:
+    """A softmax layer with a mixer in its attention's place.
+
+    The input norm is a module of its own also with Transformer Engine: router, read and write projections share it.
+    """
+    linear_proj = softmax.self_attention.submodules.linear_proj if use_te else RowParallelLinear
+    mixer = ModuleSpec(
+        module=MixerLayer,
+        params={"mixer": options.mixer, "mixer_config": options.mixer_config, "mom": options.mom},
+        submodules=MixerLayerSubmodules(linear_proj=linear_proj),
+    )
+    keys = {name: key for name, key in softmax.sharded_state_dict_keys_map.items() if name != "input_layernorm."}
+    return replace(
+        softmax,
+        self_attention=mixer,
+        input_layernorm=_te_norm() if use_te else Norm,
+        sharded_state_dict_keys_map=keys,
+    )
+
+
+def _local_submodules(config, moe: bool) -> TransformerLayerSubmodules:
+    """mcore's local layer, with a norm that allows sequence parallelism and torch's attention."""
+    layer = get_gpt_layer_local_submodules(
+        num_experts=config.num_moe_experts if moe else None,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+        qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=config.multi_latent_attention,
+        normalization=config.normalization,
+        qk_l2_norm=config.qk_l2_norm,
+    )
+    attention = layer.self_attention.submodules
+    attention.core_attention = TorchAttention
+    if config.qk_layernorm and not config.qk_l2_norm:
+        for name in ("q_layernorm", "k_layernorm", "kv_layernorm"):
+            if getattr(attention, name, IdentityOp) is not IdentityOp:
+                setattr(attention, name, Norm)
+    # Transformer Engine fuses a norm into the projection behind it, and checkpoints name it after that projection.
+    # The same names here make local and Transformer Engine checkpoints one format.
+    keys = {} if config.multi_latent_attention else {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if not moe:
+        keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    return replace(layer, input_layernorm=Norm, pre_mlp_layernorm=Norm, sharded_state_dict_keys_map=keys)
+
+
+def _te_submodules(config, moe: bool) -> TransformerLayerSubmodules:
+    return get_gpt_layer_with_transformer_engine_submodules(
+        num_experts=config.num_moe_experts if moe else None,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+        qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=config.multi_latent_attention,
+        qk_l2_norm=config.qk_l2_norm,
+        use_te_activation_func=config.use_te_activation_func,
+    )
+
+
+def _te_norm():
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return TENorm

@@ -1,0 +1,89 @@
+"""Our torch rules beside what else runs on this machine: same inputs, forward and backward, in one process.
+
+Runs are interleaved, so that a machine that slows down slows both; times are medians.
+"""
+
+import time
+from statistics import median
+
+import torch
+from torch.nn.functional import logsigmoid, normalize, scaled_dot_product_attention
+
+from . import api, reference
+
+
+def run(repeats=7, scale=1.0, threads=None):
+    """Prints one line a comparison: seconds of ours, of theirs, and their ratio (above 1: ours is faster).
+
+    `scale` shortens the sequences; `threads` sets torch's CPU threads. Raises ImportError naming the extra when
+    transformers is missing, AssertionError when results disagree.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    for case in (_delta_rule, _linear_attention):
+        name, ours, theirs, inputs = case(scale)
+        times = _interleaved((ours, theirs), inputs, repeats)
+        mine, other = (median(t) for t in times)
+        print(f"{name:<88} {mine:8.4f} s {other:8.4f} s  x{other / mine:.2f}")
+
+
+def _delta_rule(scale):
+    theirs = _transformers_rule()
+    T = int(4096 * scale)
+    q, k, v = _heads(T, 3)
+    k, beta, g = normalize(k, dim=-1), torch.rand(1, T, 4), logsigmoid(torch.randn(1, T, 4))
+    inputs = [x.requires_grad_() for x in (q, k, v, beta, g)]
+
+    def other(q, k, v, beta, g):
+        return theirs(q, k, v, g, beta)[0]
+
+    def ours(*inputs):
+        return api.delta_rule(*inputs)[0]
+
+    _agree(ours(*inputs), other(*inputs))
+    return f"delta_rule T={T} H=4 K=V=64, transformers' torch_chunk_gated_delta_rule", ours, other, inputs
+
+
+def _linear_attention(scale):
+    T = int(8192 * scale)
+    inputs = [x.requires_grad_() for x in _heads(T, 3)]
+
+    def ours(*inputs):
+        return api.linear_attention(*inputs)[0]
+
+    def other(*inputs):
+        return scaled_dot_product_attention(*(x.transpose(1, 2) for x in inputs), is_causal=True)
+
+    with torch.no_grad():
+        _agree(ours(*inputs), reference.linear_attention(*inputs)[0])
+    return f"linear_attention T={T} H=4 K=V=64, torch's causal scaled_dot_product_attention", ours, other, inputs
+
+
+def _transformers_rule():
+    try:
+        from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+    except ImportError as error:
+        raise ImportError("this comparison needs transformers: pip install 'linear-moe[hf]'") from error
+    return torch_chunk_gated_delta_rule
+
+
+def _heads(T, count):
+    return [torch.randn(1, T, 4, 64) for _ in range(count)]
+
+
+def _agree(ours, theirs):
+    error = ((ours - theirs).norm() / theirs.norm()).item()
+    assert error < 1e-4, f"results disagree: relative error {error:.1e}"
+
+
+def _interleaved(functions, inputs, repeats):
+    """Seconds of `repeats` forward and backward passes of every function, taken in turns after one warm-up."""
+    times = [[] for _ in functions]
+    for turn in range(repeats + 1):
+        for function, seconds in zip(functions, times):
+            start = time.perf_counter()
+            o = function(*inputs)
+            torch.autograd.grad(o, inputs, torch.ones_like(o))
+            if turn:
+                seconds.append(time.perf_counter() - start)
+    return times

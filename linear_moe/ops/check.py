@@ -1,0 +1,98 @@
+"""What a caller of ops can get wrong: each a ValueError with the rule and the values."""
+
+import torch
+
+BACKENDS = {"auto": "torch", "torch": "torch", "reference": "reference"}  # name -> what runs
+
+
+def check_backend(backend):
+    """The backend that `backend` stands for."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend ({backend!r}) must be one of {list(BACKENDS)}")
+    return BACKENDS[backend]
+
+
+def _require(condition, rule, message):
+    if not condition:
+        raise ValueError(f"{rule}: {message}")
+
+
+def _shape(rule, name, x, *allowed):
+    """x must be a float tensor of one of the allowed shapes, each given as {symbol: size}."""
+    _require(torch.is_tensor(x), rule, f"{name} must be a tensor, not {type(x).__name__}")
+    text = " or ".join(f"[{', '.join(s)}] = {[*s.values()]}" for s in allowed)
+    fits = any([*x.shape] == [*s.values()] for s in allowed)
+    _require(fits, rule, f"{name} must be {text}, not {[*x.shape]}")
+    _require(x.is_floating_point(), rule, f"{name} must be floating point, not {x.dtype}")
+
+
+def check_cu_seqlens(rule, cu_seqlens, B, T, device):
+    """The number of sequences. Values are only read on a CPU, where that is free."""
+    if cu_seqlens is None:
+        return B
+    _require(torch.is_tensor(cu_seqlens), rule, f"cu_seqlens must be a tensor, not {type(cu_seqlens).__name__}")
+    _require(cu_seqlens.dtype == torch.int32, rule, f"cu_seqlens must be int32, not {cu_seqlens.dtype}")
+    fits = cu_seqlens.ndim == 1 and len(cu_seqlens) > 0
+    _require(fits, rule, f"cu_seqlens must be [N + 1], not {[*cu_seqlens.shape]}")
+    _require(B == 1, rule, f"with cu_seqlens the batch size ({B}) must be 1")
+    _require(cu_seqlens.device == device, rule, f"cu_seqlens is on {cu_seqlens.device}, the inputs on {device}")
+    if cu_seqlens.device.type == "cpu":
+        ends = (int(cu_seqlens[0]), int(cu_seqlens[-1]))
+        _require(ends == (0, T), rule, f"cu_seqlens must run from 0 to T ({T}), not from {ends[0]} to {ends[1]}")
+        _require(bool((cu_seqlens.diff() >= 0).all()), rule, f"cu_seqlens must not decrease: {cu_seqlens.tolist()}")
+    return len(cu_seqlens) - 1
+
+
+def _check_operands(rule, lead, q, k, v, beta, g, state, N):
+    """`lead` is {B, T} for sequences and {B} for one token."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _require(torch.is_tensor(x), rule, f"{name} must be a tensor, not {type(x).__name__}")
+        fits = x.ndim == len(lead) + 2
+        _require(fits, rule, f"{name} must be [{', '.join(lead)}, heads, channels], not {[*x.shape]}")
+    (H, K), (HV, V) = k.shape[-2:], v.shape[-2:]
+    _shape(rule, "q", q, {**lead, "H": H, "K": K})
+    _shape(rule, "k", k, {**lead, "H": H, "K": K})
+    _shape(rule, "v", v, {**lead, "HV": HV, "V": V})
+    _require(H > 0 and HV % H == 0, rule, f"value heads ({HV}) must be a multiple of key heads ({H})")
+    heads = {**lead, "HV": HV}
+    if rule == "delta_rule":
+        _shape(rule, "beta", beta, heads)
+    else:
+        _require(beta is None, rule, "beta is an operand of delta_rule only")
+    if g is not None:
+        _shape(rule, "g", g, {"HV": HV}, heads, {**heads, "K": K})
+    if state is not None:
+        _shape(rule, "state", state, {"N": N, "HV": HV, "K": K, "V": V})
+    for name, x in (("q", q), ("k", k), ("beta", beta), ("g", g), ("state", state)):
+        _require(x is None or x.device == v.device, rule, f"{name} and v must be on one device ({v.device})")
+    _require(q.dtype == k.dtype == v.dtype, rule, f"q, k, v must share a dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
+
+
+def check_rule(rule, q, k, v, beta, g, initial_state, cu_seqlens):
+    """The operands of a rule over sequences."""
+    _require(torch.is_tensor(v) and v.ndim == 4, rule, "v must be a tensor [B, T, HV, V]")
+    N = check_cu_seqlens(rule, cu_seqlens, *v.shape[:2], v.device)
+    _check_operands(rule, {"B": v.shape[0], "T": v.shape[1]}, q, k, v, beta, g, initial_state, N)
+
+
+def check_step(rule, state, q, k, v, beta, g):
+    """The operands of one token."""
+    _require(torch.is_tensor(v) and v.ndim == 3, rule, "v must be a tensor [B, HV, V]")
+    _require(torch.is_tensor(state), rule, "state must be a tensor [B, HV, K, V]")
+    _check_operands(rule, {"B": v.shape[0]}, q, k, v, beta, g, state, v.shape[0])
+
+
+def check_conv(x, weight, activation, initial_state, cu_seqlens):
+    """The operands of short_conv."""
+    rule = "short_conv"
+    _require(torch.is_tensor(x) and x.ndim == 3, rule, "x must be a tensor [B, T, D]")
+    B, T, D = x.shape
+    _shape(rule, "x", x, {"B": B, "T": T, "D": D})
+    _require(torch.is_tensor(weight) and weight.ndim == 2, rule, "weight must be a tensor [D, W]")
+    W = weight.shape[1]
+    _shape(rule, "weight", weight, {"D": D, "W": W})
+    _require(W > 0, rule, "weight must have at least one column")
+    _require(activation in ("silu", None), rule, f"activation ({activation!r}) must be 'silu' or None")
+    N = check_cu_seqlens(rule, cu_seqlens, B, T, x.device)
+    if initial_state is not None:
+        _shape(rule, "initial_state", initial_state, {"N": N, "D": D, "W - 1": W - 1})

@@ -1,0 +1,122 @@
+"""The update rules, chunk-parallel in torch (MATHS.md, "Chunk-parallel forms"); autograd does the backward.
+
+Legend of a chunked tensor: R rows, one a (chunk, head); C tokens of a chunk; K, V key and value channels.
+Only differences of running decays that are <= 0 are ever exponentiated, so nothing overflows.
+"""
+
+import math
+
+import torch
+from torch.nn.functional import threshold
+
+from .layout import Layout
+from .reference import compute_dtype
+
+CHUNK = 64
+
+
+def _prepare(q, k, v, g, beta, scale, initial_state, cu_seqlens):
+    """Layout, then q (scaled), k, v, g, beta as chunks [R, C, D], and the initial states."""
+    dtype, (B, T, HV, V) = compute_dtype(v), v.shape
+    layout = Layout(v, cu_seqlens, CHUNK)
+    groups = HV // k.shape[2]
+    q, k = (x if groups == 1 else x.repeat_interleave(groups, dim=2) for x in (q, k))
+    q, k, v = (layout.pack(x.to(dtype)) for x in (q, k, v))
+    if g is not None:
+        g = g.to(dtype)
+        g = layout.pack(g if g.ndim == 4 else g.expand(B, T, HV).unsqueeze(-1))
+    if beta is not None:
+        beta = layout.pack(beta.to(dtype).unsqueeze(-1))
+    if initial_state is None:
+        initial_state = v.new_zeros(layout.N, HV, k.shape[-1], V)
+    return layout, q * scale, k, v, g, beta, initial_state.to(dtype)
+
+
+def _exp(x, dtype):
+    """e^x, and exactly 0 near the least normal number: arithmetic on subnormal ones is many times slower on a CPU."""
+    return threshold(x.to(dtype), math.log(torch.finfo(dtype).tiny) + 7, -math.inf).exp()
+
+
+def _products(lefts, k, g):
+    """The decayed products of a chunk, and the decays that tie it to its first and to its last state.
+
+    Returns, with G the running sum of g inside the chunk: for every x of lefts [R, C, K] the lower triangular [R, C, C]
+    sum_c x_ic k_jc e^(G_ic - G_jc); k decayed to the chunk's end [R, C, K]; e^G [R, C, K or 1] or None without decay.
+    """
+    if g is None:
+        return [(x @ k.mT).tril() for x in lefts], k, None
+    # float64: where strong and weak decays meet, the small differences of large sums must survive
+    G = g.double().cumsum(1)
+    from_start, k_end = _exp(G, g.dtype), k * _exp(G[:, -1:] - G, g.dtype)
+    if g.shape[-1] > 1:
+        return _channel_products(lefts, k, G), k_end, from_start
+    later = torch.ones(g.shape[1], g.shape[1], dtype=torch.bool, device=g.device).triu(1)
+    decay = _exp((G - G.mT).masked_fill(later, float("-inf")), g.dtype)
+    return [(x @ k.mT) * decay for x in lefts], k_end, from_start
+
+
+def _channel_products(lefts, k, G):
+    """As _products, for a decay a channel: halves of halves, so that every exponent is taken from between i and j.
+
+    The triangle of 2h tokens is [[first h, 0], [second x first, second h]]; both factors of the square are decayed
+    towards the first half's last token.
+    """
+    R, C, K = k.shape
+    blocks = [(x * k).sum(-1).view(R, C, 1, 1) for x in lefts]
+    h = 1
+    while h < C:
+        (Ga, Gb), (ka, _) = (x.view(R, C // (2 * h), 2, h, K).unbind(2) for x in (G, k))
+        middle = Ga[:, :, -1:]
+        down, up = _exp(Gb - middle, k.dtype), _exp(middle - Ga, k.dtype)
+        key = (ka * up).mT
+        for n, x in enumerate(lefts):
+            square = (x.view(R, C // (2 * h), 2, h, K)[:, :, 1] * down) @ key
+            first, second = blocks[n].view(R, C // (2 * h), 2, h, h).unbind(2)
+            upper = torch.cat([first, torch.zeros_like(first)], -1)
+            blocks[n] = torch.cat([upper, torch.cat([square, second], -1)], -2)
+        h *= 2
+    return [x.view(R, C, C) for x in blocks]
+
+
+def _decayed(x, decay):
+    return x if decay is None else x * decay
+
+
+def _last(decay):
+    """[R, C, D] -> [R, D, 1]: the decay of a whole chunk, as it acts on a state [R, K, V]."""
+    return decay[:, -1].unsqueeze(-1)
+
+
+def linear_attention(q, k, v, g=None, *, scale, initial_state=None, return_state=False, cu_seqlens=None):
+    """See api.linear_attention."""
+    dtype = v.dtype
+    layout, q, k, v, g, _, state = _prepare(q, k, v, g, None, scale, initial_state, cu_seqlens)
+    (scores,), k_end, decay = _products([q], k, g)
+    writes = k_end.mT @ v
+    if decay is None:
+        before, _, state = layout.scan(lambda S, write: (S + write, None), state, writes)
+    else:
+        before, _, state = layout.scan(lambda S, d, write: (d * S + write, None), state, _last(decay), writes)
+    o = torch.baddbmm(scores @ v, _decayed(q, decay), before)
+    return layout.unpack(o).to(dtype), state if return_state else None
+
+
+def delta_rule(q, k, v, beta, g=None, *, scale, initial_state=None, return_state=False, cu_seqlens=None):
+    """See api.delta_rule. WY form: with A the strict triangle of b_i k_i.k_j e^(G_i - G_j), u = (I+A)^-1 (b v),
+    w = (I+A)^-1 (b e^G k), the rule on a chunk is linear attention over the values u - w S_0."""
+    dtype, V = v.dtype, v.shape[-1]
+    layout, q, k, v, g, beta, state = _prepare(q, k, v, g, beta, scale, initial_state, cu_seqlens)
+    (scores, keys), k_end, decay = _products([q, k], k, g)
+    targets = beta * torch.cat([v, _decayed(k, decay)], -1)
+    u, w = torch.linalg.solve_triangular(beta * keys, targets, upper=False, unitriangular=True).split_with_sizes(
+        [V, targets.shape[-1] - V], -1
+    )
+
+    def update(S, u, w, k, *d):
+        values = torch.baddbmm(u, w, S, alpha=-1)
+        return torch.baddbmm(d[0] * S if d else S, k.mT, values), values
+
+    chunks = (u, w, k_end) if decay is None else (u, w, k_end, _last(decay))
+    before, values, state = layout.scan(update, state, *chunks)
+    o = torch.baddbmm(scores @ values, _decayed(q, decay), before)
+    return layout.unpack(o).to(dtype), state if return_state else None

@@ -1,0 +1,232 @@
+"""The body of a mixer layer on one rank's heads: projections, short convolution, the rule, norm and gate.
+
+It knows no process group. ``shard`` of ``shards`` says which heads are its own, and ``replicated`` is called on every
+parameter that all shards hold a copy of, so that a parallel layer can sum its gradient. With ``memories`` > 0 the same
+body serves Mixture-of-Memories: the write projections then exist once per memory and work on routed rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from linear_moe.ops import Routes, combine, gather, grouped_linear, short_conv
+from linear_moe.ssm.mixer import Mixer, Projection
+
+Sections = dict[str, int]
+
+
+class FusedProjection(nn.Module):
+    """Several projections as one matrix product, their slices named once.
+
+    ``weight`` is ``[(copies,) sum of local widths, D]``, cut by heads inside each section. The low-rank ones are a
+    replicated ``down`` ``[(copies,) sum of ranks, D]`` and one ``up_<name>`` ``[(copies,) local width, rank]`` each.
+
+    Args:
+        sections: name -> full width. ranks: name -> rank, for those that are low-rank. copies: 0 for one matrix, else
+        how many there are, each for its own group of rows.
+    """
+
+    def __init__(self, hidden_size, sections: Sections, ranks: Sections, copies: int, shards: int, **factory):
+        super().__init__()
+        lead = (copies,) if copies else ()
+        self.axis = len(lead)
+        self.full = {name: width for name, width in sections.items() if name not in ranks}
+        self.local = {name: width // shards for name, width in self.full.items()}
+        self.ranks = ranks
+        self.weight = nn.Parameter(torch.empty(*lead, sum(self.local.values()), hidden_size, **factory))
+        if ranks:
+            self.down = nn.Parameter(torch.empty(*lead, sum(ranks.values()), hidden_size, **factory))
+        for name, rank in ranks.items():
+            up = torch.empty(*lead, sections[name] // shards, rank, **factory)
+            self.register_parameter(f"up_{name}", nn.Parameter(up))
+
+    def forward(self, x: Tensor, replicated: Callable, offsets: Tensor | None = None) -> dict[str, Tensor]:
+        """x ``[..., D]`` -> name -> ``[..., local width]``. offsets: where every copy's rows end."""
+
+        def product(x: Tensor, weight: Tensor) -> Tensor:
+            return F.linear(x, weight) if offsets is None else grouped_linear(x, weight, offsets)
+
+        out = dict(zip(self.local, product(x, self.weight).split(list(self.local.values()), -1)))
+        if self.ranks:
+            lower = product(x, replicated(self.down)).split(list(self.ranks.values()), -1)
+            for (name, _), low in zip(self.ranks.items(), lower):
+                out[name] = product(low.contiguous(), getattr(self, f"up_{name}"))
+        return out
+
+
+class MixerCore(nn.Module):
+    """A mixer over the heads of one shard: ``[B, T, D]`` -> ``[B, T, local HV * V]``, before the output projection.
+
+    Args:
+        mixer: the mixer, for all heads. hidden_size: D.
+        memories: how many memories have write projections of their own (the shared one included); 0 for none.
+        shards, shard: tensor-parallel size and rank. replicated: applied to parameters that all shards copy.
+
+    Raises:
+        ValueError: heads that the number of shards does not divide.
+    """
+
+    def __init__(
+        self,
+        mixer: Mixer,
+        hidden_size: int,
+        *,
+        memories: int = 0,
+        shards: int = 1,
+        shard: int = 0,
+        replicated: Callable[[Tensor], Tensor] = lambda parameter: parameter,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        for per in ("key", "value"):
+            if mixer.heads(per) % shards:
+                name = {"key": "num_heads", "value": "num_value_heads"}[per]
+                raise ValueError(
+                    f"mixer option {name} ({mixer.heads(per)}) must be divisible by the tensor parallel size ({shards})"
+                )
+        self.mixer, self.shards, self.shard, self.replicated = mixer, shards, shard, replicated
+        factory = {"dtype": dtype, "device": device}
+        self.specs = mixer.projections()
+        per_memory = {n for n, s in self.specs.items() if memories and s.role == "write"}
+        self.tokens = self._fused([n for n in self.specs if n not in per_memory], hidden_size, 0, factory)
+        self.rows = self._fused(sorted(per_memory, key=list(self.specs).index), hidden_size, memories, factory)
+
+        self.heads = nn.ParameterDict()  # sharded along their first dimension
+        self.constants: dict[str, Tensor] = {}
+        for name, parameter in mixer.parameters_per_head().items():
+            if parameter.trainable:
+                shape = parameter.init(mixer.heads(parameter.per)).shape
+                self._add_head_parameter(name, shape, partial(_fill, parameter.init), factory)
+            else:
+                self.constants[name] = self._cut(parameter.init(mixer.heads(parameter.per))).to(device)
+        for name, spec in self.specs.items():
+            if spec.conv and mixer.config.conv_size:
+                shape = (spec.width * mixer.heads(spec.per), mixer.config.conv_size)
+                self._add_head_parameter(f"conv_{name}", shape, _fill_conv, factory)
+        self.shared = nn.ParameterDict(
+            {name: nn.Parameter(init().to(**factory)) for name, init in mixer.shared_parameters().items()}
+        )
+
+    def _fused(self, names, hidden_size, copies, factory) -> FusedProjection | None:
+        if not names:
+            return None
+        sections = {n: self.specs[n].width * self.mixer.heads(self.specs[n].per) for n in names}
+        ranks = {n: self.specs[n].low_rank for n in names if self.specs[n].low_rank}
+        return FusedProjection(hidden_size, sections, ranks, copies, self.shards, **factory)
+
+    def _add_head_parameter(self, name, shape, initializer, factory) -> None:
+        parameter = nn.Parameter(torch.empty(shape[0] // self.shards, *shape[1:], **factory))
+        parameter.initializer = initializer  # fills the whole parameter, of all shards, in place
+        self.heads[name] = parameter
+
+    def _cut(self, full: Tensor, axis: int = 0) -> Tensor:
+        return full.chunk(self.shards, axis)[self.shard]
+
+    def _apply(self, fn, recurse=True):
+        # Constants follow the parameters' device, but stay in float32 when a model is cast to bfloat16.
+        super()._apply(fn, recurse)
+        device = next(self.parameters()).device
+        self.constants = {name: value.to(device) for name, value in self.constants.items()}
+        return self
+
+    @torch.no_grad()
+    def reset_parameters(self, init_method: Callable[[Tensor], object]) -> None:
+        """Draw whole weights and keep this shard's part, so that initial values do not depend on the sharding.
+
+        init_method fills a tensor in place; it is used for the projections.
+        """
+        for fused in (self.tokens, self.rows):
+            if fused is None:
+                continue
+            lead, hidden = fused.weight.shape[:-2], fused.weight.shape[-1]
+            like = {"device": fused.weight.device}
+            cut = []
+            for width in fused.full.values():
+                full = torch.empty(*lead, width, hidden, **like)
+                init_method(full)
+                cut.append(self._cut(full, fused.axis))
+            fused.weight.copy_(torch.cat(cut, fused.axis))
+            if fused.ranks:
+                init_method(fused.down)
+                for name in fused.ranks:
+                    up = getattr(fused, f"up_{name}")
+                    full = torch.empty(*lead, up.shape[-2] * self.shards, up.shape[-1], **like)
+                    init_method(full)
+                    up.copy_(self._cut(full, fused.axis))
+        for parameter in self.heads.values():
+            full = torch.empty(parameter.shape[0] * self.shards, *parameter.shape[1:])
+            parameter.initializer(full)
+            parameter.copy_(self._cut(full))
+        for name, init in self.mixer.shared_parameters().items():
+            self.shared[name].copy_(init())
+
+    def sharded_axes(self) -> dict[str, int]:
+        """Parameter name -> the axis that is cut over the shards; every other parameter is replicated."""
+        axes = {f"heads.{name}": 0 for name in self.heads}
+        for part, fused in (("tokens", self.tokens), ("rows", self.rows)):
+            if fused is not None:
+                axes[f"{part}.weight"] = fused.axis
+                axes |= {f"{part}.up_{name}": fused.axis for name in fused.ranks}
+        return axes
+
+    def sections(self) -> dict[str, Sections]:
+        """Fused parameter name -> its sections on this shard (name -> width), along its sharded axis."""
+        parts = {"tokens": self.tokens, "rows": self.rows}
+        return {f"{part}.weight": fused.local for part, fused in parts.items() if fused is not None}
+
+    def forward(self, x: Tensor, *, routes: Routes | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        """x ``[B, T, D]``; routes: to which memories its tokens go; cu_seqlens: int32 ``[N + 1]``, then B is 1."""
+        B, T, _ = x.shape
+        positions = sequence_positions(B, T, cu_seqlens, x.device)
+        operands = self.tokens(x, self.replicated)
+        gate = operands.pop("gate", None)
+        if routes is not None:
+            operands = {name: gather(value.flatten(0, 1), routes).unsqueeze(0) for name, value in operands.items()}
+            if self.rows is not None:
+                rows = self.rows(gather(x.flatten(0, 1), routes), self.replicated, routes.memory_offsets)
+                operands |= {name: value.unsqueeze(0) for name, value in rows.items()}
+            positions, cu_seqlens = positions.flatten()[routes.token].unsqueeze(0), routes.cu_seqlens
+        operands = {name: self._operand(name, value, cu_seqlens) for name, value in operands.items()}
+        p = {name: self.replicated(value) for name, value in self.shared.items()} | dict(self.heads) | self.constants
+        o, _ = self.mixer.recur(
+            **operands, p=p, state=None, return_state=False, cu_seqlens=cu_seqlens, positions=positions
+        )
+        if routes is not None:
+            o = combine(o.squeeze(0), routes).unflatten(0, (B, T))
+        if gate is not None:
+            gate = gate.unflatten(-1, (-1, self.specs["gate"].width))
+        return self.mixer.output(o, gate, p).flatten(2)
+
+    def _operand(self, name: str, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        spec: Projection = self.specs[name]
+        if spec.conv and self.mixer.config.conv_size:
+            x, _ = short_conv(x, self.heads[f"conv_{name}"], activation=spec.activation, cu_seqlens=cu_seqlens)
+        elif spec.activation:
+            x = F.silu(x)
+        return x.unflatten(-1, (-1, spec.width))
+
+
+def _fill(init: Callable[[int], Tensor], tensor: Tensor) -> None:
+    tensor.copy_(init(len(tensor)))
+
+
+def _fill_conv(tensor: Tensor) -> None:
+    """Uniform in +-1/sqrt(taps), as torch's Conv1d starts."""
+    bound = tensor.shape[1] ** -0.5
+    tensor.uniform_(-bound, bound)
+
+
+def sequence_positions(B: int, T: int, cu_seqlens: Tensor | None, device) -> Tensor:
+    """Each token's place in its own sequence, int64 ``[B, T]``."""
+    token = torch.arange(T, device=device)
+    if cu_seqlens is None:
+        return token.expand(B, T)
+    ends = cu_seqlens[1:].long()
+    starts = cu_seqlens.long()[torch.searchsorted(ends, token, right=True).clamp(max=len(ends) - 1)]
+    return (token - starts).expand(B, T)

@@ -1,0 +1,57 @@
+"""Gated DeltaNet (arXiv 2412.06464): S_t = e^{g_t} (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from linear_moe.ops import delta_rule
+from linear_moe.ssm.mixer import HeadParameter, Mixer, Projection, l2_norm, widen
+
+
+def decay_parameters() -> dict[str, HeadParameter]:
+    """Mamba-2's A_log and dt_bias: A uniform in [1, 16], softplus(dt_bias) log-uniform in [0.001, 0.1]."""
+
+    def dt_bias(heads: int) -> torch.Tensor:
+        low, high = math.log(1e-3), math.log(1e-1)
+        dt = torch.exp(low + (high - low) * torch.rand(heads))
+        return dt + torch.log(-torch.expm1(-dt))  # the inverse of softplus
+
+    return {
+        "A_log": HeadParameter(init=lambda heads: torch.empty(heads).uniform_(1, 16).log()),
+        "dt_bias": HeadParameter(init=dt_bias),
+    }
+
+
+class GatedDeltaNet(Mixer):
+    rule = "e^g (I - b k k^T) S + b k v^T, g = -exp(A_log) softplus(a + dt_bias), b = sigmoid(.)"
+    paper = "arXiv 2412.06464"
+    default_conv_size = 4
+    rule_flops = 6
+
+    def projections(self):
+        c = self.config
+        return {
+            "q": Projection(width=c.head_dim, role="read", per="key", conv=True, activation="silu"),
+            "k": Projection(width=c.head_dim, role="write", per="key", conv=True, activation="silu"),
+            "v": Projection(width=c.value_head_dim, role="write", conv=True, activation="silu"),
+            "beta": Projection(width=1, role="write"),
+            "a": Projection(width=1, role="write"),
+            "gate": Projection(width=c.value_head_dim, role="gate"),
+        }
+
+    def parameters_per_head(self):
+        return decay_parameters()
+
+    def recur(self, q, k, v, beta, a, *, p, state, return_state, cu_seqlens, positions):
+        g = -widen(p["A_log"]).exp() * F.softplus(widen(a.squeeze(-1)) + p["dt_bias"])
+        return delta_rule(
+            l2_norm(q),
+            l2_norm(k),
+            v,
+            widen(beta.squeeze(-1)).sigmoid(),
+            g,
+            initial_state=state,
+            return_state=return_state,
+            cu_seqlens=cu_seqlens,
+        )

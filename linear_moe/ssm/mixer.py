@@ -1,0 +1,218 @@
+"""The contract of a mixer: what it projects, which parameters its heads have, and its update rule.
+
+A mixer knows no process group and no kernel. It declares its parts for ALL heads of the model; the layer
+(``ssm/core.py``) builds them for the heads that live on this rank, so tensor parallelism, checkpoints and
+Mixture-of-Memories come for free. Inside ``recur`` and ``output`` every tensor has the local heads only.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Literal, get_type_hints
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Role = Literal["read", "write", "gate"]
+PER = Literal["key", "value"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projection:
+    """One linear map of the hidden state.
+
+    Args:
+        width: channels per head.
+        role: ``read`` (asks the memory: q), ``write`` (enters the memory: k, v, decay, beta) or ``gate``
+            (what becomes of the answer). Under MoM each memory has its own write projections.
+        per: whether there is one such vector per ``key`` head (H) or per ``value`` head (HV).
+        conv: pass through the short causal convolution (if the mixer's ``conv_size`` > 0).
+        activation: ``"silu"`` or None, applied after the convolution, or alone where there is none.
+        low_rank: factor the map through this many channels shared by all heads (0: a full matrix).
+    """
+
+    width: int
+    role: Role
+    per: PER = "value"
+    conv: bool = False
+    activation: Literal["silu"] | None = None
+    low_rank: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadParameter:
+    """A parameter or constant whose leading dimension is the heads, so TP shards it generically.
+
+    Args:
+        init: number of heads -> float32 tensor ``[heads, ...]``, drawn from torch's default CPU generator.
+        per: ``key`` heads or ``value`` heads.
+        trainable: False makes a constant (kept in float32, not in checkpoints).
+    """
+
+    init: Callable[[int], Tensor]
+    per: PER = "value"
+    trainable: bool = True
+
+
+class Mixer:
+    """Base class of all mixers. A subclass is one file: ``Config``, ``projections``, ``recur``, perhaps more.
+
+    Args:
+        config: this mixer's options.
+        layer: index of the layer, from 0; num_layers: layers of the model (some decays depend on the depth).
+    """
+
+    rule = ""  # the update rule, for people
+    paper = ""  # where it comes from
+    default_conv_size = 0
+    gate_activation: Literal["silu", "sigmoid"] = "silu"
+    # Floating-point operations of one token and head, in units of K V: 2 to write, 2 to read; a delta rule also reads
+    # before it writes. The recurrence's own, whatever a chunked kernel computes beyond it.
+    rule_flops = 4
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Options every mixer has; a subclass adds its own fields.
+
+        num_heads: query/key heads H. num_value_heads: value heads HV, a multiple of H. head_dim: K.
+        value_head_dim: V. conv_size: taps of the short convolution, 0 for none. norm_eps: of the output norm.
+        """
+
+        num_heads: int
+        num_value_heads: int
+        head_dim: int
+        value_head_dim: int
+        conv_size: int = 0
+        norm_eps: float = 1e-5
+
+        def __post_init__(self) -> None:
+            for name in ("num_heads", "num_value_heads", "head_dim", "value_head_dim"):
+                if getattr(self, name) < 1:
+                    raise ValueError(f"mixer option {name} must be at least 1, but is {getattr(self, name)}")
+            if self.conv_size < 0 or self.conv_size == 1:
+                raise ValueError(f"mixer option conv_size must be 0 (none) or at least 2, but is {self.conv_size}")
+            if self.num_value_heads % self.num_heads:
+                raise ValueError(
+                    f"num_value_heads ({self.num_value_heads}) must be a multiple of num_heads ({self.num_heads})"
+                )
+
+    def __init__(self, config: Config, layer: int = 0, num_layers: int = 1) -> None:
+        self.config, self.layer, self.num_layers = config, layer, num_layers
+
+    @classmethod
+    def default_options(cls, hidden_size: int, num_attention_heads: int) -> dict:
+        """Options that follow from the model's size where the user gives none."""
+        head_dim = hidden_size // num_attention_heads
+        return {
+            "num_heads": num_attention_heads,
+            "num_value_heads": num_attention_heads,
+            "head_dim": head_dim,
+            "value_head_dim": head_dim,
+            "conv_size": cls.default_conv_size,
+        }
+
+    @classmethod
+    def make_config(cls, hidden_size: int, num_attention_heads: int, options: Mapping[str, object]) -> Config:
+        """The mixer's Config from the model's size and the user's options.
+
+        ``num_heads`` alone also sets ``num_value_heads`` and, where they are not given, the head widths.
+
+        Raises:
+            ValueError: an option that does not exist (with the nearest that does) or has the wrong type.
+        """
+        types = get_type_hints(cls.Config)
+        allowed = [f.name for f in fields(cls.Config)]
+        for name, value in options.items():
+            if name not in allowed:
+                near = difflib.get_close_matches(name, allowed, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"unknown mixer option {name!r}{hint} {cls.__name__} has: {', '.join(allowed)}")
+            expected = (int, float) if types[name] is float else types[name]
+            if not isinstance(value, expected) or (isinstance(value, bool) and types[name] is not bool):
+                raise ValueError(
+                    f"mixer option {name} must be of type {types[name].__name__}, but is {value!r} "
+                    f"({type(value).__name__})"
+                )
+        heads = options.get("num_heads", num_attention_heads)
+        if heads < 1 or hidden_size < heads:
+            raise ValueError(f"num_heads ({heads}) must be between 1 and the hidden size ({hidden_size})")
+        return cls.Config(**{**cls.default_options(hidden_size, heads), **options})
+
+    def heads(self, per: PER) -> int:
+        """Number of heads of the whole model of that kind."""
+        return self.config.num_heads if per == "key" else self.config.num_value_heads
+
+    def projections(self) -> dict[str, Projection]:
+        """name -> Projection, in the order in which they are stored."""
+        raise NotImplementedError
+
+    def parameters_per_head(self) -> dict[str, HeadParameter]:
+        """name -> HeadParameter, handed to ``recur`` and ``output`` in ``p``. Shared by all memories of a MoM."""
+        return {}
+
+    def shared_parameters(self) -> dict[str, Callable[[], Tensor]]:
+        """name -> initial value of a parameter that all heads share (so it is replicated under TP)."""
+        return {"norm": lambda: torch.ones(self.config.value_head_dim)}
+
+    def recur(
+        self,
+        *operands: Tensor,
+        p: Mapping[str, Tensor],
+        state: Tensor | None,
+        return_state: bool,
+        cu_seqlens: Tensor | None,
+        positions: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        """From the read and write operands (keyword arguments, by projection name) to the memory's answer.
+
+        Args:
+            operands: ``[B, T, heads, width]`` each, after convolution and activation. A subclass names them.
+            p: the parameters, by name.
+            state: ``[N, HV, K, V]`` or None; return_state: whether the final state is wanted.
+            cu_seqlens: int32 ``[N + 1]`` or None; positions: int64 ``[B, T]``, each token's place in its sequence.
+
+        Returns:
+            o ``[B, T, HV, V]`` and the final state (None unless wanted).
+        """
+        raise NotImplementedError
+
+    def output(self, o: Tensor, gate: Tensor | None, p: Mapping[str, Tensor]) -> Tensor:
+        """Per-head RMS norm of the answer, then the output gate if the mixer projects one. o: ``[B, T, HV, V]``."""
+        o = rms_norm(o, p["norm"], self.config.norm_eps)
+        return o if gate is None else o * getattr(F, self.gate_activation)(gate)
+
+
+def widen(x: Tensor) -> Tensor:
+    """x in at least float32: gates, decays and norms are never computed in less."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm over the last dimension, computed in at least float32, in x's dtype. weight: ``[..., D]``."""
+    wide = widen(x)
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * weight).to(x.dtype)
+
+
+def l2_norm(x: Tensor) -> Tensor:
+    """``x / sqrt(|x|^2 + 1e-6)`` over the last dimension, computed in at least float32, in x's dtype."""
+    wide = widen(x)
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def rotary(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
+    """Rotary position embedding in the halves convention (arXiv 2104.09864).
+
+    Args:
+        x: ``[B, T, H, D]``, D even. positions: ``[B, T]``.
+    """
+    half = x.shape[-1] // 2
+    wide = widen(x)
+    inverse = base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = (positions[..., None].float() * inverse)[:, :, None].to(wide.dtype)
+    first, second = wide[..., :half], wide[..., half:]
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)

@@ -1,0 +1,41 @@
+"""Mixers by name: a literal table, imported only when used. Adding a mixer is one file and one line here."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module
+
+from linear_moe.ssm.mixer import Mixer
+
+MIXERS = {
+    "linear_attention": "linear_moe.ssm.linear_attention:LinearAttention",
+    "retention": "linear_moe.ssm.retention:Retention",
+    "lightning": "linear_moe.ssm.lightning:Lightning",
+    "gla": "linear_moe.ssm.gla:GatedLinearAttention",
+    "mamba2": "linear_moe.ssm.mamba2:Mamba2",
+    "deltanet": "linear_moe.ssm.deltanet:DeltaNet",
+    "gated_deltanet": "linear_moe.ssm.gated_deltanet:GatedDeltaNet",
+}
+
+
+def mixer_class(name: str) -> type[Mixer]:
+    """The class behind a registered name, or behind ``package.module:Class`` for a mixer outside this package.
+
+    Raises:
+        ValueError: an unknown name (with the nearest), a module or class that is not there, or not a Mixer.
+    """
+    target = MIXERS.get(name, name)
+    if ":" not in target:
+        near = difflib.get_close_matches(name, MIXERS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"unknown mixer {name!r}{hint} Allowed: {', '.join(MIXERS)}, or package.module:Class for your own"
+        )
+    module, _, attribute = target.partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"mixer {name!r} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Mixer)):
+        raise ValueError(f"mixer {name!r} is {found!r}, which is not a subclass of linear_moe.ssm.mixer.Mixer")
+    return found
