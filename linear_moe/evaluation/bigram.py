@@ -37,8 +37,9 @@ def bigram_loss(train: Iterable[np.ndarray], validation: Iterable[np.ndarray], v
     """Loss on `validation` of a bigram model of `train`.
 
     train, validation: documents in order, each a 1-D integer array of token ids that ends in EOD, so the first token
-    of a document is predicted from EOD, as in the stream that Megatron trains on. vocab_size: ids are below it; counts are
-    sparse, so 50,000 and more are fine. Memory: 16 bytes a different pair, and 8 a token while sorting.
+        of a document is predicted from EOD, as in the stream that Megatron trains on.
+    vocab_size: ids are below it; counts are sparse, so 50,000 and more are fine. Memory follows the number of
+        different pairs.
 
     Raises ValueError for fewer than two documents in train, an empty validation set, and ids outside the vocabulary.
     """

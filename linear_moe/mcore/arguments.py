@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 from megatron.training.arguments import add_megatron_arguments
 
+from linear_moe.mcore.checkpoint import CHECKPOINT_DEFAULTS
 from linear_moe.mcore.cpu import cpu_defaults
 from linear_moe.mcore.specs import LayerOptions, expand_pattern, moe_layers
 from linear_moe.mom import MoMConfig
@@ -47,8 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--mom-balance-coeff", type=float, default=1e-2, help="weight of the balance loss, which is 1 when balanced"
     )
     group.add_argument("--mom-z-loss-coeff", type=float, default=0.0, help="weight of the router z-loss")
-    # Heterogeneous layers cannot share one checkpoint entry with a layer axis.
-    parser.set_defaults(hetereogenous_dist_checkpoint=True, **cpu_defaults())
+    parser.set_defaults(**cpu_defaults(), **CHECKPOINT_DEFAULTS)
     return parser
 
 
@@ -114,6 +114,8 @@ def check_arguments(args) -> None:
             f"num_experts ({args.num_experts}) must be divisible by "
             f"expert_model_parallel_size ({args.expert_model_parallel_size})"
         )
+    if args.num_experts and tp > 1 and not args.sequence_parallel:
+        raise ValueError(f"num_experts with tensor_model_parallel_size ({tp}) above 1 needs --sequence-parallel")
     if args.context_parallel_size > 1:
         raise ValueError(f"context_parallel_size ({args.context_parallel_size}) must be 1: it is not supported yet")
     if args.mtp_num_layers:

@@ -66,6 +66,8 @@ def _value(args, name: str):
     layers = getattr(args, "num_layers", None)
     if name == "layer_pattern" and value and layers:
         return (value * layers)[:layers]
+    if name == "num_query_groups" and not getattr(args, "group_query_attention", False):
+        return getattr(args, "num_attention_heads", None)  # Megatron writes this into its arguments later
     if name == "moe_layer_freq" and getattr(args, "num_experts", None) is None:
         return None
     if name == "moe_layer_freq" and isinstance(value, int) and layers:
@@ -323,16 +325,18 @@ def _adapted(optimizer, target: dict, saved: list[dict]) -> dict:
     # All count together; an optimizer without parameters on the rank that wrote the groups has only counted to 0.
     step = max(steps, default=None, key=float)
     result = {key: value for key, value in target.items() if not isinstance(key, int)}
-    for key in ("grad_scaler", "param_state_sharding_type"):
-        if key in saved[0]:
-            result.setdefault(key, saved[0][key])
+    if "grad_scaler" in saved[0]:
+        result.setdefault("grad_scaler", saved[0]["grad_scaler"])
+    distributed = isinstance(optimizer, DistributedOptimizer)
+    if distributed:
+        kinds = [entry["param_state_sharding_type"] for entry in saved if "param_state_sharding_type" in entry]
+        result["param_state_sharding_type"] = kinds[0] if kinds else "fully_reshardable"
 
     current = optimizer.optimizer.state_dict()["param_groups"]
     matched = [copy.deepcopy(_match(group, groups)) | {"params": group["params"]} for group in current]
     for group, now in zip(matched, current, strict=True):
         group["is_expert_parallel"] = now["is_expert_parallel"]
         group.pop("step", None)
-    distributed = isinstance(optimizer, DistributedOptimizer)
     if step is not None and (distributed or not _is_torch_adam(optimizer)):
         for group in matched:
             group["step"] = float(step) if _is_torch_adam(optimizer) else step

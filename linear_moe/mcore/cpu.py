@@ -27,6 +27,8 @@ def enable_cpu() -> bool:
     if not _enabled:
         _enabled = True
         ensure_rendezvous()
+        # Megatron asserts this for TP; it orders kernels on a GPU older than Blackwell and means nothing here.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         # mcore decorates small functions with torch.compile; on CPU that costs minutes of C++ compilation for nothing.
         # Before the patches, because importing dynamo makes a table of torch.cuda's functions.
         torch.compiler.set_stance("force_eager")
@@ -172,10 +174,27 @@ def _patch_torch_cuda() -> None:
         setattr(torch.cuda, name, answer)
     for name in ("range_push", "range_pop", "mark"):
         setattr(torch.cuda.nvtx, name, nothing)
+    _keep_generator_from_data_loaders()
     # The mode above never sees these: modules move themselves, and a tensor's method may be called outside torch.
     torch.nn.Module.cuda = lambda self, device=None: self
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     torch.Tensor.record_stream = nothing
+
+
+def _keep_generator_from_data_loaders() -> None:
+    """A data loader's iterator draws a seed for its workers. On a GPU, dropout draws from another generator; here they
+    share one, and a resumed run, which makes its iterator after it has loaded the generator, would drop out differently.
+    """
+    iterator = torch.utils.data.dataloader._BaseDataLoaderIter
+    make = iterator.__init__
+
+    @functools.wraps(make)
+    def make_and_restore(self, loader):
+        state = torch.get_rng_state()
+        make(self, loader)
+        torch.set_rng_state(state)
+
+    iterator.__init__ = make_and_restore
 
 
 def _patch_megatron() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 
 import torch
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         ValueError: arguments, data or a checkpoint that cannot work, before anything is built.
     """
     enable_cpu()
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it under tensor parallelism
     set_argv(expand_argv(sys.argv[1:] if argv is None else argv))
     early = parse_args(add_arguments)
     check_arguments(early)

@@ -7,18 +7,25 @@ Only differences of running decays that are <= 0 are ever exponentiated, so noth
 import math
 
 import torch
-from torch.nn.functional import threshold
+from torch.nn.functional import pad, threshold
 
 from .layout import Layout
 from .reference import compute_dtype
 
-CHUNK = 64
+MIN_CHUNK, MAX_CHUNK = 16, 64
+
+
+def _chunk_length(tokens, sequences):
+    """A power of two near a quarter of the mean length: short sequences would fill long chunks with padding."""
+    quarter = min(max(tokens // max(sequences, 1) // 4, MIN_CHUNK), MAX_CHUNK)
+    return 1 << (quarter.bit_length() - 1)
 
 
 def _prepare(q, k, v, g, beta, scale, initial_state, cu_seqlens):
     """Layout, then q (scaled), k, v, g, beta as chunks [R, C, D], and the initial states."""
     dtype, (B, T, HV, V) = compute_dtype(v), v.shape
-    layout = Layout(v, cu_seqlens, CHUNK)
+    sequences, tokens = (B, B * T) if cu_seqlens is None else (len(cu_seqlens) - 1, T)
+    layout = Layout(v, cu_seqlens, _chunk_length(tokens, sequences))
     groups = HV // k.shape[2]
     q, k = (x if groups == 1 else x.repeat_interleave(groups, dim=2) for x in (q, k))
     q, k, v = (layout.pack(x.to(dtype)) for x in (q, k, v))
@@ -47,11 +54,15 @@ def _products(lefts, k, g):
         return [(x @ k.mT).tril() for x in lefts], k, None
     # float64: where strong and weak decays meet, the small differences of large sums must survive
     G = g.double().cumsum(1)
-    from_start, k_end = _exp(G, g.dtype), k * _exp(G[:, -1:] - G, g.dtype)
+    # Tokens that reach the end undecayed (the last one, and the last before padding) and a token by itself stay out of
+    # G's gradient: their large terms would cancel there only up to rounding, and hide what decays strongly.
+    to_end = pad(g[:, 1:].flip(1).cumsum(1).flip(1), (0, 0, 0, 1))
+    from_start, k_end = _exp(G, g.dtype), k * _exp(to_end, g.dtype)
     if g.shape[-1] > 1:
         return _channel_products(lefts, k, G), k_end, from_start
-    later = torch.ones(g.shape[1], g.shape[1], dtype=torch.bool, device=g.device).triu(1)
-    decay = _exp((G - G.mT).masked_fill(later, float("-inf")), g.dtype)
+    itself = torch.eye(g.shape[1], dtype=g.dtype, device=g.device)
+    not_before = torch.ones_like(itself, dtype=torch.bool).triu()
+    decay = _exp((G - G.mT).masked_fill(not_before, -math.inf), g.dtype) + itself
     return [(x @ k.mT) * decay for x in lefts], k_end, from_start
 
 

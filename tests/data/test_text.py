@@ -85,5 +85,5 @@ def test_a_split_keeps_large_files_for_training_and_refuses_an_empty_side(tmp_pa
     small.write_bytes(b"x")
     large.write_bytes(b"x" * 200_000)
     assert split_files([small, large], tmp_path, validation=1.0) == ([large], [small])
-    with pytest.raises(ValueError, match="split of 1 files .* leaves one side empty"):
+    with pytest.raises(ValueError, match=r"split of 1 files .* leaves one side empty"):
         split_files([large], tmp_path)

@@ -67,7 +67,7 @@ def test_a_loss_that_is_not_finite_and_a_single_point_are_drawn(tmp_path):
 
 
 def test_missing_logs_and_tags_are_named(tmp_path):
-    with pytest.raises(ValueError, match="no TensorBoard scalars in .*--tensorboard-dir"):
+    with pytest.raises(ValueError, match=r"no TensorBoard scalars in .*--tensorboard-dir"):
         read_scalars(tmp_path)
     writer = SummaryWriter(str(tmp_path))
     writer.add_scalar("other", 1.0, 1)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -19,7 +20,9 @@ from linear_moe.data.text import iterate_documents, stdlib_files, stdlib_root
 from linear_moe.data.tokenizer import load_tokenizer, train_bpe
 from linear_moe.mcore.preprocess import check_dataset, load_documents, preprocess
 
-TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools" / "preprocess_data.py"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 FILES = [f for f in stdlib_files() if f.parent.name in ("json", "asyncio")]
 
 
@@ -86,6 +89,7 @@ def test_the_tool_with_two_workers_writes_the_same_bytes_as_one(whole, tokenizer
     run = subprocess.run(
         [sys.executable, TOOL, "--input", folder, "--pattern", "*.py", "--workers", "2", "--train-bpe", "400",
          "--tokenizer-output", new, "--output-prefix", tmp_path / "out"], capture_output=True, text=True, check=True,
+        env=ENVIRONMENT,
     )  # fmt: skip
     assert "trained a BPE of 400 tokens" in run.stdout
     assert (new / "tokenizer.json").read_text() == (tokenizer / "tokenizer.json").read_text()
@@ -99,8 +103,8 @@ def test_a_killed_run_leaves_no_corpus_and_no_process(tokenizer, tmp_path):
     prefix = tmp_path / "corpus"
     command = [sys.executable, TOOL, "--input", stdlib_root(), "--pattern", "*.py", "--workers", "2",
                "--tokenizer", tokenizer, "--output-prefix", prefix]  # fmt: skip
-    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+    deadline = time.monotonic() + 180  # generous: importing Megatron is slow on a busy machine
     while not any(f.stat().st_size for f in tmp_path.glob("corpus.partial-*.bin")):
         assert process.poll() is None
         assert time.monotonic() < deadline
@@ -132,12 +136,11 @@ def test_an_error_on_the_way_leaves_an_older_corpus_as_it_was(tokenizer, tmp_pat
         preprocess([tmp_path / "empty.txt"], tokenizer, prefix, workers=1, progress=False)
 
 
-def test_the_tool_says_an_error_in_one_line(tmp_path):
-    command = [sys.executable, TOOL, "--input", tmp_path, "--output-prefix", tmp_path / "o", "--tokenizer", tmp_path]
-    failed = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert failed.returncode == 1
-    assert failed.stderr.splitlines()[-1].startswith(f"error: no file in {tmp_path} matches *.txt")
-    assert "Traceback" not in failed.stderr
+def test_the_tool_says_an_error_in_one_line(tmp_path, monkeypatch):
+    arguments = ["--input", tmp_path, "--output-prefix", tmp_path / "o", "--tokenizer", tmp_path]
+    monkeypatch.setattr(sys, "argv", [str(a) for a in [TOOL, *arguments]])
+    with pytest.raises(SystemExit, match=r"^error: no file in .* matches \*\.txt"):
+        runpy.run_path(str(TOOL), run_name="__main__")
 
 
 def break_file(suffix, change):

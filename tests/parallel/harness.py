@@ -46,7 +46,7 @@ def set_defaults(parser):
 
 
 def train(pretrain_fn: Callable[[list[str]], None], argv: list[str], save: str | Path | None = None) -> Run:
-    """Run `pretrain_fn` once from a clean slate. With `save` every rank gets the last checkpoint's whole tensors too."""
+    """Run `pretrain_fn` once from a clean slate. With `save` every rank gets the last checkpoint's whole tensors."""
     from megatron.training import training
 
     enable_cpu()

@@ -53,7 +53,7 @@ class Outcome:
 
 
 def run_cases(world_size: int, cases: list[Case], timeout: float = 120.0) -> dict[str, Outcome]:
-    """Run `cases` in `world_size` processes, each within `timeout` seconds. A failing case raises in its Outcome only."""
+    """Run `cases` in `world_size` processes, each within `timeout` seconds. What fails raises in its Outcome only."""
     outcomes: dict[str, Outcome] = {}
     while len(outcomes) < len(cases):
         with _Processes(world_size) as processes:

@@ -1,0 +1,1 @@
+"""Text into tokens: documents, the demo corpus, tokenizers."""

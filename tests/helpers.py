@@ -1,0 +1,22 @@
+"""What tests share: one relative error, and seeds that a failing test shows."""
+
+import os
+import random
+
+import torch
+
+
+def rel_err(x, ref):
+    """||x - ref|| / ||ref|| in float64; 0 when both are zero, inf when only the reference is."""
+    x, ref = x.detach().double(), ref.detach().double()
+    assert x.shape == ref.shape, f"shape {[*x.shape]} instead of {[*ref.shape]}"
+    error, size = (x - ref).norm().item(), ref.norm().item()
+    return error / size if size else (0.0 if error == 0 else float("inf"))
+
+
+def fresh_seed():
+    """Seeds torch anew, and prints the seed, which pytest shows of a failing test: TEST_SEED=<seed> draws it again."""
+    seed = int(os.environ.get("TEST_SEED", random.SystemRandom().randrange(2**31)))
+    print(f"TEST_SEED={seed}")
+    torch.manual_seed(seed)
+    return seed

@@ -1,0 +1,167 @@
+"""A hybrid MoM + MoE model, and every mixer, train alike in every parallel layout; checkpoints move between them."""
+
+import numpy as np
+import pytest
+
+from linear_moe.ssm import MIXERS
+from tests.parallel import harness
+from tests.parallel.launch import Case, run_cases
+
+DIST = "--use-distributed-optimizer"
+TP2 = "--tensor-model-parallel-size 2"
+SP = "--sequence-parallel"
+PP2 = "--pipeline-model-parallel-size 2"
+VPP2 = f"{PP2} --num-virtual-stages-per-pipeline-rank 2"
+EP2 = "--expert-model-parallel-size 2"
+DENSE = (
+    "--layer-pattern LLLN --mixer gated_deltanet --mom-memories 4 --mom-topk 2 --mom-z-loss-coeff 1e-2 "
+    "--mom-balance-coeff 0.1 --group-query-attention --num-query-groups 2"
+)
+MOE = (
+    f"{DENSE} --num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 32 --moe-token-dispatcher-type alltoall "
+    "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2"
+)
+DENSE_LAYOUTS = {  # name: (processes, flags)
+    "dense": (1, DENSE),
+    "dense-tp2": (2, f"{DENSE} {TP2}"),  # Megatron trains MoE feed-forward under TP only with SP
+    "dense-pp2": (2, f"{DENSE} {PP2}"),
+    "dense-dp2": (2, DENSE),
+    "dense-tp2-pp2": (4, f"{DENSE} {TP2} {PP2}"),
+    "dense-tp2-dist": (4, f"{DENSE} {TP2} {DIST}"),
+}
+MOE_LAYOUTS = {
+    "moe": (1, MOE),
+    "moe-tp2-sp": (2, f"{MOE} {TP2} {SP}"),
+    "moe-pp2": (2, f"{MOE} {PP2}"),
+    "moe-vpp2": (2, f"{MOE} {VPP2}"),
+    "moe-ep2": (2, f"{MOE} {EP2}"),
+    "moe-dp2-dist": (2, f"{MOE} {DIST}"),
+    "moe-ep2-dist": (2, f"{MOE} {EP2} {DIST}"),
+    "moe-tp2-sp-vpp2": (4, f"{MOE} {TP2} {SP} {VPP2}"),
+    "moe-tp2-sp-ep2-dist": (4, f"{MOE} {TP2} {SP} {EP2} {DIST}"),
+    "moe-pp2-ep2-dist": (4, f"{MOE} {PP2} {EP2} {DIST}"),
+}
+LAYOUTS = DENSE_LAYOUTS | MOE_LAYOUTS
+# A ring through each family: every layout's checkpoint is loaded in another layout, and every layout loads another's.
+RESHARD = [
+    pair for family in (list(DENSE_LAYOUTS), list(MOE_LAYOUTS)) for pair in zip(family, family[1:] + family[:1])
+]
+
+
+def one_process(layout: str) -> str:
+    return "moe" if layout in MOE_LAYOUTS else "dense"
+
+
+def train(data, flags, save=None, load=None):
+    """A case: 5 iterations, with checkpoints at 2, 4 and 5; or from iteration 2 of the checkpoints at `load` to 5."""
+    from linear_moe.mcore.pretrain import main
+
+    argv = [flag for flag in harness.TINY if flag != "--mock-data"]
+    argv += ["--data-path", data, "--split", "100,0,0", "--num-workers", "0", "--save-interval", "2", *flags.split()]
+    return harness.train(main, argv + (["--load", load, "--ckpt-step", "2"] if load else []), save)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A corpus with something to learn: walks of a random step size over 120 tokens."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    prefix = str(tmp_path_factory.mktemp("data") / "walks")
+    rng = np.random.default_rng(0)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for _ in range(60):
+        walk = (rng.integers(120) + rng.integers(1, 4) * np.arange(rng.integers(20, 60))) % 120
+        builder.add_document(walk.astype(np.uint16), [len(walk)])
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+def run_all(cases: dict[str, tuple[int, dict]]):
+    """name -> (processes, arguments of `train`): one set of processes for each number."""
+    outcomes = {}
+    for size in sorted({size for size, _ in cases.values()}):
+        function = "tests.parallel.test_layouts:train"
+        outcomes |= run_cases(size, [Case(name, function, kw) for name, (n, kw) in cases.items() if n == size])
+    return outcomes
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("layouts")
+
+
+@pytest.fixture(scope="module")
+def straight(folder, data):
+    return run_all(
+        {
+            name: (size, {"data": data, "flags": flags, "save": str(folder / name)})
+            for name, (size, flags) in LAYOUTS.items()
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def resumed(straight, folder, data):
+    pairs = [(name, name) for name in LAYOUTS] + RESHARD
+    cases = {}
+    for source, target in pairs:
+        size, flags = LAYOUTS[target]
+        paths = {"save": str(folder / f"{target}-from-{source}"), "load": str(folder / source)}
+        cases[f"{target}-from-{source}"] = (size, {"data": data, "flags": flags, **paths})
+    outcomes = run_all(cases)
+    return {(s, t): outcomes[f"{t}-from-{s}"] for s, t in pairs}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_trains_like_one_process(straight, layout):
+    reference = straight[one_process(layout)].result
+    assert reference.losses[-1] < reference.losses[0]
+    for run in straight[layout].results:
+        assert not harness.differences(run, reference)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_resume_is_bitwise(straight, resumed, layout):
+    before, after = straight[layout].result, resumed[layout, layout].result
+    assert after.iterations == [3, 4, 5]
+    assert (after.losses, after.grad_norms) == (before.losses[2:], before.grad_norms[2:])
+    assert not harness.same_tensors(after, before)
+
+
+@pytest.mark.parametrize(("source", "target"), RESHARD, ids=lambda name: name)
+def test_checkpoint_moves_to_another_layout(straight, resumed, source, target):
+    before, after = straight[one_process(target)].result, resumed[source, target].result
+    before = harness.Run(losses=before.losses[2:], grad_norms=before.grad_norms[2:], tensors=before.tensors)
+    assert not harness.differences(after, before)
+
+
+MIXER_LAYOUTS = {"one": (1, ""), "tp2": (2, TP2), "tp2-sp": (2, f"{TP2} {SP}")}
+FORMS = {"plain": "", "mom": "--mom-memories 3 --mom-topk 2", "single-kv": "--mom-memories 3 --mom-single-kv"}
+
+
+@pytest.fixture(scope="module")
+def mixers(folder, data):
+    cases = {}
+    for mixer in MIXERS:
+        for form, form_flags in FORMS.items():
+            if form == "single-kv" and mixer != "gla":
+                continue  # the projections are the layer's, whatever the mixer; gla has every kind of them
+            for layout, (size, flags) in MIXER_LAYOUTS.items():
+                if form == "plain" and layout == "tp2-sp":
+                    continue
+                name = f"{mixer}-{form}-{layout}"
+                model = f"--mixer {mixer} --layer-pattern LN --num-layers 2 {form_flags} {flags}"
+                cases[name] = (size, {"data": data, "flags": model, "save": str(folder / name)})
+    return run_all(cases)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_mixer_under_tensor_parallelism(mixers, mixer, form):
+    if form == "single-kv" and mixer != "gla":
+        pytest.skip("tested with gla")
+    reference = mixers[f"{mixer}-{form}-one"].result
+    for layout in MIXER_LAYOUTS:
+        name = f"{mixer}-{form}-{layout}"
+        if name in mixers:
+            assert not harness.differences(mixers[name].result, reference), name

@@ -1,0 +1,147 @@
+"""The body of a mixer layer: MoM with one memory is the plain mixer, shards are the whole, bfloat16 keeps constants."""
+
+import pytest
+import torch
+
+from linear_moe.mom import MoMConfig, Router, make_routes
+from linear_moe.ops import route
+from linear_moe.ssm import MIXERS, mixer_class
+from linear_moe.ssm.core import MixerCore, sequence_positions
+from tests.helpers import rel_err
+
+D, HEADS = 32, 4
+
+
+def build(name, memories=0, dtype=torch.float64, **kwargs):
+    cls = mixer_class(name)
+    mixer = cls(cls.make_config(D, HEADS, {"conv_size": 4}), layer=1, num_layers=4)
+    core = MixerCore(mixer, D, memories=memories, dtype=dtype, **kwargs)
+    core.reset_parameters(lambda weight: weight.normal_(0, 0.3))
+    return core
+
+
+def copy_to_memories(plain, many):
+    """The plain core's projections, given to every memory of another core."""
+    weights = dict(zip(plain.tokens.local, plain.tokens.weight.split(list(plain.tokens.local.values()))))
+    with torch.no_grad():
+        for fused in filter(None, (many.tokens, many.rows)):
+            fused.weight.copy_(torch.cat([weights[name] for name in fused.local]))
+            if fused.ranks:
+                fused.down.copy_(plain.tokens.down)
+            for name in fused.ranks:
+                getattr(fused, f"up_{name}").copy_(getattr(plain.tokens, f"up_{name}"))
+        for name, parameter in many.heads.items():
+            parameter.copy_(plain.heads[name])
+
+
+@pytest.mark.parametrize("single_kv", [False, True], ids=["own-kv", "single-kv"])
+@pytest.mark.parametrize("pack", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("name", MIXERS)
+def test_one_memory_is_the_plain_mixer(name, pack, single_kv, seed):
+    """M = 1, k = 1, no shared memory: the same function and gradients.
+
+    To the last bit with write projections of its own; single_kv hands contiguous copies of slices to the matrix
+    products, which round differently.
+    """
+    mom = MoMConfig(memories=1, topk=1, shared=False, single_kv=single_kv)
+    plain, many = build(name), build(name, mom.projections)
+    copy_to_memories(plain, many)
+    router = Router(D, 1, 1, dtype=torch.float64)
+    torch.nn.init.normal_(router.weight)
+    B, T = (1, 90) if pack else (2, 45)
+    cu = torch.tensor([0, 30, 30, 90], dtype=torch.int32) if pack else None
+    x = torch.randn(B, T, D, dtype=torch.float64, requires_grad=True)
+    y = plain(x, cu_seqlens=cu)
+    routes = make_routes(router(x.flatten(0, 1)), mom, (B, T), cu, 0.0)
+    routed = many(x, routes=routes, cu_seqlens=cu)
+    assert rel_err(routed, y) < 1e-14 if single_kv else torch.equal(routed, y)
+    direction = torch.randn_like(y)
+    (dx,) = torch.autograd.grad((y * direction).sum(), x)
+    (routed_dx,) = torch.autograd.grad((routed * direction).sum(), x)
+    assert rel_err(routed_dx, dx) < 1e-13
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_equal_memories_are_one(name, seed):
+    """Each token's k weights sum to 1, so memories that get every token and share their weights answer as one."""
+    mom = MoMConfig(memories=3, topk=3, shared=False)
+    plain, many = build(name), build(name, mom.projections)
+    copy_to_memories(plain, many)
+    router = Router(D, 3, 3, dtype=torch.float64)
+    torch.nn.init.normal_(router.weight)
+    x = torch.randn(2, 45, D, dtype=torch.float64)
+    routes = make_routes(router(x.flatten(0, 1)), mom, (2, 45), None, 0.0)
+    # The gate and norm come after the combination, which is linear in the answers.
+    assert rel_err(many(x, routes=routes), plain(x)) < 1e-12
+
+
+@pytest.mark.parametrize("name", [name for name in MIXERS if name != "retention"])  # its positions count every token
+def test_untouched_memories_stay(name, seed):
+    """A token that is not routed to a memory leaves it as it is: removing it changes nothing for the others."""
+    core = build(name, memories=2)
+    T = 40
+    x = torch.randn(1, T, D, dtype=torch.float64)
+    to_first = torch.rand(T) < 0.5
+
+    def answer(keep):
+        indices = torch.where(to_first, 0, 1)[keep].view(1, -1, 1)
+        weights = torch.ones(1, len(keep), 1, dtype=torch.float64)
+        routes = route(indices, weights, num_memories=2, shared=False)
+        return core(x[:, keep], routes=routes)
+
+    everything = answer(torch.arange(T))
+    first = to_first.nonzero().flatten()
+    assert rel_err(answer(first), everything[:, first]) < 1e-12
+
+
+@pytest.mark.parametrize("memories", [0, 3], ids=["plain", "mom"])
+@pytest.mark.parametrize("name", MIXERS)
+def test_shards_are_parts_of_the_whole(name, memories, seed):
+    """Initial values and outputs of two shards, side by side, are those of one."""
+
+    def seeded(**kwargs):
+        torch.manual_seed(seed)
+        return build(name, memories, **kwargs)
+
+    whole, parts = seeded(), [seeded(shards=2, shard=i) for i in range(2)]
+    x = torch.randn(2, 40, D, dtype=torch.float64)
+    routes = None
+    if memories:
+        mom = MoMConfig(memories=memories, topk=2, shared=False)
+        router = Router(D, memories, 2, dtype=torch.float64)
+        torch.nn.init.normal_(router.weight)
+        routes = make_routes(router(x.flatten(0, 1)), mom, (2, 40), None, 0.0)
+    outputs = [part(x, routes=routes) for part in parts]
+    assert rel_err(torch.cat(outputs, -1), whole(x, routes=routes)) < 1e-12
+
+
+def test_constants_stay_float32(seed):
+    core = build("retention", dtype=torch.float32).bfloat16()
+    assert core.constants["g"].dtype == torch.float32
+    assert torch.allclose(core.constants["g"].double().expm1(), -(2.0 ** (-5.0 - torch.arange(HEADS).double())))
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_bfloat16_is_close_to_float32(name, seed):
+    core = build(name, memories=3, dtype=torch.float32)
+    mom = MoMConfig(memories=2, topk=1)
+    router = Router(D, 2, 1)
+    torch.nn.init.normal_(router.weight)
+    x = torch.randn(2, 45, D).bfloat16().float()
+    with torch.no_grad():
+        for parameter in core.parameters():
+            parameter.copy_(parameter.bfloat16())
+        routes = make_routes(router(x.flatten(0, 1)), mom, (2, 45), None, 0.0)
+        expected = core(x, routes=routes)
+        assert rel_err(core.bfloat16()(x.bfloat16(), routes=routes), expected) < 3e-2
+
+
+def test_positions_of_packed_sequences():
+    cu = torch.tensor([0, 0, 3, 3, 5], dtype=torch.int32)
+    assert sequence_positions(1, 5, cu, "cpu").tolist() == [[0, 1, 2, 0, 1]]
+    assert sequence_positions(2, 3, None, "cpu").tolist() == [[0, 1, 2]] * 2
+
+
+def test_heads_must_divide():
+    with pytest.raises(ValueError, match=r"num_heads \(4\) must be divisible by the tensor parallel size \(3\)"):
+        build("gla", shards=3)

@@ -1,0 +1,168 @@
+"""Each mixer against its formula in MATHS.md, token by token, and its options."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from linear_moe.ssm import MIXERS, mixer_class
+from linear_moe.ssm.lightning import alibi_slopes
+from linear_moe.ssm.mixer import rotary
+from tests.helpers import rel_err
+
+T, H, HV, K, V = 33, 2, 4, 6, 5
+
+
+def l2(x):
+    return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def loop(q, k, v, decay, beta=None, scale=K**-0.5):
+    """decay ``[T, HV, K]`` multiplies the state's key channels; beta ``[T, HV]`` makes it a delta rule."""
+    S = torch.zeros(HV, K, V, dtype=q.dtype)
+    q, k = (x.repeat_interleave(HV // H, 1) for x in (q, k))
+    o = []
+    for t in range(T):
+        S = S * decay[t, :, :, None]
+        new = v[t]
+        if beta is not None:
+            new = beta[t, :, None] * (v[t] - torch.einsum("hk,hkv->hv", k[t], S))
+        S = S + torch.einsum("hk,hv->hkv", k[t], new)
+        o.append(scale * torch.einsum("hk,hkv->hv", q[t], S))
+    return torch.stack(o)
+
+
+def expected(name, x, p):
+    """The formula of MATHS.md, written out once more."""
+    ones = torch.ones(T, HV, K, dtype=torch.float64)
+    q, k, v = x["q"], x["k"], x["v"]
+    h = torch.arange(HV).double()
+    if name == "linear_attention":
+        return loop(F.elu(q) + 1, F.elu(k) + 1, v, ones)
+    if name == "retention":
+        turn = torch.arange(T).double()[:, None] * 10000.0 ** (-torch.arange(K // 2).double() / (K // 2))
+        turn = torch.polar(torch.ones_like(turn), turn)[:, None]
+        q, k = ((torch.complex(y[..., : K // 2], y[..., K // 2 :]) * turn) for y in (q, k))
+        q, k = (torch.cat([y.real, y.imag], -1) for y in (q, k))
+        return loop(q, k, v, (1 - 2 ** (-5 - h))[:, None] * ones)
+    if name == "lightning":
+        slopes = torch.tensor([2.0 ** (-8 * (i + 1) / HV) for i in range(HV)]).double()
+        return loop(q, k, v, torch.exp(-slopes * (1 - 1 / 3 + 1e-5))[:, None] * ones)
+    if name == "gla":
+        return loop(q, k, v, torch.exp(F.logsigmoid(x["a"] + p["g_bias"]) / 16))
+    if name == "mamba2":
+        dt = F.softplus(x["dt"][..., 0] + p["dt_bias"])
+        decay = torch.exp(-p["A_log"].exp() * dt)[..., None] * ones
+        return loop(q, k, dt[..., None] * v, decay, scale=1.0) + p["D"][:, None] * v
+    beta = x["beta"][..., 0].sigmoid()
+    if name == "deltanet":
+        return loop(l2(q), l2(k), v, ones, beta)
+    if name == "gated_deltanet":
+        g = -p["A_log"].exp() * F.softplus(x["a"][..., 0] + p["dt_bias"])
+        return loop(l2(q), l2(k), v, torch.exp(g)[..., None] * ones, beta)
+    raise AssertionError(f"no formula for {name}")
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_mixer_computes_its_formula(name, seed):
+    cls = mixer_class(name)
+    options = {"num_heads": H, "num_value_heads": HV, "head_dim": K, "value_head_dim": V}
+    mixer = cls(cls.make_config(32, 4, options), layer=1, num_layers=4)
+    specs = {n: s for n, s in mixer.projections().items() if s.role != "gate"}
+    x = {n: torch.randn(T, mixer.heads(s.per), s.width, dtype=torch.float64) for n, s in specs.items()}
+    p = {n: s.init(mixer.heads(s.per)).double() for n, s in mixer.parameters_per_head().items()}
+    o, _ = mixer.recur(
+        **{n: value[None] for n, value in x.items()},
+        p=p,
+        state=None,
+        return_state=False,
+        cu_seqlens=None,
+        positions=torch.arange(T)[None],
+    )
+    assert rel_err(o[0], expected(name, x, p)) < 1e-6  # rotary angles are float32
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_state_carries_a_sequence(name, seed):
+    """Two halves, the second from the first one's state, are the whole."""
+    cls = mixer_class(name)
+    mixer = cls(cls.make_config(32, 4, {}), layer=1, num_layers=4)
+    specs = {n: s for n, s in mixer.projections().items() if s.role != "gate"}
+    x = {n: torch.randn(1, T, mixer.heads(s.per), s.width, dtype=torch.float64) for n, s in specs.items()}
+    p = {n: s.init(mixer.heads(s.per)).double() for n, s in mixer.parameters_per_head().items()}
+
+    def run(start, stop, state):
+        part = {n: value[:, start:stop] for n, value in x.items()}
+        positions = torch.arange(start, stop)[None]
+        return mixer.recur(**part, p=p, state=state, return_state=True, cu_seqlens=None, positions=positions)
+
+    whole, final = run(0, T, None)
+    first, state = run(0, 20, None)
+    second, last = run(20, T, state)
+    assert rel_err(torch.cat([first, second], 1), whole) < 1e-9
+    assert rel_err(last, final) < 1e-9
+
+
+def test_alibi_slopes():
+    assert alibi_slopes(8).tolist() == [2.0**-i for i in range(1, 9)]
+    assert alibi_slopes(12)[8:].tolist() == pytest.approx([2.0 ** (-(2 * i + 1) / 2) for i in range(4)])
+
+
+def test_mamba2_norms_over_a_group_after_the_gate(seed):
+    cls = mixer_class("mamba2")
+    mixer = cls(cls.make_config(32, 2, {}))
+    o, gate = torch.randn(2, 1, 3, 4, 16, dtype=torch.float64)
+    group = (o * F.silu(gate)).view(1, 3, 2, 32)
+    group = group / (group.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    weight = torch.rand(4, 16, dtype=torch.float64)
+    assert rel_err(mixer.output(o, gate, {"norm": weight}), group.view_as(o) * weight) < 1e-12
+
+
+def test_linear_attention_normalised_is_an_average(seed):
+    cls = mixer_class("linear_attention")
+    mixer = cls(cls.make_config(32, 4, {"normalize": True}))
+    q, k = torch.randn(2, 1, T, 4, 8, dtype=torch.float64)
+    v = torch.full((1, T, 4, 8), math.pi, dtype=torch.float64)
+    o, _ = mixer.recur(q, k, v, p={}, state=None, return_state=False, cu_seqlens=None, positions=None)
+    assert rel_err(o, v) < 1e-5
+
+
+def test_rotary_depends_on_distance_only(seed):
+    q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64).expand(2, 1, 2, 1, 8)
+    places = torch.tensor([[3, 103]])
+    scores = (rotary(q, places + 5) * rotary(k, places)).sum(-1)
+    assert rel_err(scores[:, 0], scores[:, 1]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("gla", {"head_dims": 8}, "unknown mixer option 'head_dims'; did you mean 'head_dim'"),
+        ("gla", {"head_dim": "8"}, "head_dim must be of type int, but is '8'"),
+        ("gla", {"head_dim": 0}, "head_dim must be at least 1, but is 0"),
+        ("gla", {"gate_rank": 0}, r"gate_rank \(0\) must be at least 1"),
+        ("gla", {"num_value_heads": 6}, r"num_value_heads \(6\) must be a multiple of num_heads \(4\)"),
+        ("deltanet", {"conv_size": 1}, "conv_size must be 0 .none. or at least 2, but is 1"),
+        ("retention", {"head_dim": 7}, "even head_dim"),
+        ("linear_attention", {"feature_map": "gelu"}, "feature_map must be one of elu, relu, identity, but is 'gelu'"),
+        ("linear_attention", {"feature_map": "identity", "normalize": True}, "not negative"),
+    ],
+)
+def test_bad_options(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        mixer_class(name).make_config(32, 4, options)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gated_deltanett", "unknown mixer 'gated_deltanett'; did you mean 'gated_deltanet'"),
+        ("rubbish", "Allowed: linear_attention, retention"),
+        ("no.such.module:Class", "cannot be imported"),
+        ("linear_moe.ssm.mixer:Projection", "not a subclass"),
+    ],
+)
+def test_unknown_mixer(name, message):
+    with pytest.raises(ValueError, match=message):
+        mixer_class(name)
