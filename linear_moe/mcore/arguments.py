@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import yaml
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.training.arguments import add_megatron_arguments
 
 from linear_moe.mcore.checkpoint import CHECKPOINT_DEFAULTS
@@ -48,8 +49,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--mom-balance-coeff", type=float, default=1e-2, help="weight of the balance loss, which is 1 when balanced"
     )
     group.add_argument("--mom-z-loss-coeff", type=float, default=0.0, help="weight of the router z-loss")
-    parser.set_defaults(**cpu_defaults(), **CHECKPOINT_DEFAULTS)
+    parser.set_defaults(**(_local_defaults() | cpu_defaults() | CHECKPOINT_DEFAULTS))
     return parser
+
+
+def _local_defaults() -> dict:
+    """Where Transformer Engine is not installed: local layers, and none of the fusions that need it or apex."""
+    if HAVE_TE:
+        return {}
+    fusions = ("gradient_accumulation_fusion", "masked_softmax_fusion", "apply_rope_fusion")
+    return {"transformer_impl": "local", "no_persist_layer_norm": True, **dict.fromkeys(fusions, False)}
 
 
 def _json_object(text: str) -> dict:
@@ -94,6 +103,10 @@ def check_arguments(args) -> None:
         ValueError: with the rule and the values.
     """
     options = layer_options(args)
+    if args.transformer_impl == "transformer_engine" and not HAVE_TE:
+        raise ValueError(
+            "transformer_impl transformer_engine needs Transformer Engine: pip install linear-moe[gpu], or choose local"
+        )
     tp = args.tensor_model_parallel_size
     heads = {"num_attention_heads": args.num_attention_heads}
     if args.group_query_attention:

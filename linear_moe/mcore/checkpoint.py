@@ -5,14 +5,13 @@ distributed optimizer, load at any other with its optimizer state; `check_checkp
 built or loaded, what cannot be loaded.
 """
 
-import copy
 import functools
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 
-import torch
+from linear_moe.mcore import optimizer_state
+from linear_moe.ssm import mixer_class
 
 # Defaults for `parser.set_defaults`: "dp_reshardable", Megatron's own, only reshards along DP.
 CHECKPOINT_DEFAULTS = {"dist_ckpt_optim_fully_reshardable": True}
@@ -72,6 +71,8 @@ def _value(args, name: str):
         return None
     if name == "moe_layer_freq" and isinstance(value, int) and layers:
         return [int(i % value == 0) for i in range(layers)]
+    if name == "mixer_args" and value is not None:  # written out or left to their defaults, the options are the same
+        return mixer_class(args.mixer).make_config(args.hidden_size, args.num_attention_heads, value)
     if name == "vocab_size" and value is None:
         return getattr(args, "padded_vocab_size", None)
     return value
@@ -174,194 +175,8 @@ def patch_megatron() -> None:
         metadata = build(args, *rest, **kwargs)
         # One name per layer. By default all layers are slices of one tensor, which a hybrid model's are not.
         metadata["non_homogeneous_layers"] = True
-        metadata |= _optimizer_metadata(args)
+        metadata |= optimizer_state.metadata(args)
         return metadata
 
     checkpointing._build_sharded_state_dict_metadata = build_metadata
-    _patch_optimizers()
-
-
-# --- optimizer state that moves between layouts ---------------------------------------------------------------------
-# Its tensors are no problem: each is stored under its parameter's global name. The rest is a small dictionary of
-# parameter groups and a step count, whose shape follows the layout: with EP > 1 experts have an optimizer of their own,
-# chained behind the first; the distributed optimizer nests its groups and keeps the step inside them, the plain one
-# beside them. And torch's Adam (no Transformer Engine, no apex) counts steps in a tensor per parameter, which Megatron
-# forgets.
-
-# Megatron's names for the float32 copy of the parameters; with float32 parameters the plain optimizer has no copy.
-MAIN_PARAMETER = "main_parameter"
-
-
-def _optimizer_metadata(args) -> dict:
-    """Kept in the checkpoint: how its optimizer state is stored."""
-    if args.ckpt_format != "torch_dist":
-        return {}
-    plain = "fp32_param" if args.bf16 or args.fp16 else ""
-    found = {MAIN_PARAMETER: "param" if args.use_distributed_optimizer else plain}
-    # Not written by Megatron without the distributed optimizer, but asked for when one then loads.
-    return found if args.use_distributed_optimizer else found | {"distrib_optim_sharding_type": "fully_reshardable"}
-
-
-def _patch_optimizers() -> None:
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-    from megatron.core.optimizer.optimizer import ChainedOptimizer, Float16OptimizerWithFloat16Params
-
-    _wrap(DistributedOptimizer, "state_dict", _state_dict)
-    _wrap(DistributedOptimizer, "load_state_dict", _load_state_dict)
-    _wrap(DistributedOptimizer, "_set_main_param_and_optimizer_states", _set_states)
-    _wrap(DistributedOptimizer, "sharded_param_state_fully_reshardable", _sharded_param_state)
-    _wrap(Float16OptimizerWithFloat16Params, "sharded_state_dict", _float16_sharded_state_dict)
-    _wrap(ChainedOptimizer, "load_state_dict", _chained_load_state_dict)
-
-
-def _wrap(owner: type, name: str, wrapper) -> None:
-    """owner.name(...) becomes wrapper(original, ...)."""
-    original = getattr(owner, name)
-
-    @functools.wraps(original)
-    def method(*args, **kwargs):
-        return wrapper(original, *args, **kwargs)
-
-    setattr(owner, name, method)
-
-
-# --- torch's Adam under the distributed optimizer -------------------------------------------------------------------
-
-
-def _is_torch_adam(optimizer) -> bool:
-    return isinstance(getattr(optimizer, "optimizer", None), (torch.optim.Adam, torch.optim.AdamW))
-
-
-def _state_dict(original, self):
-    """Megatron reads `step` out of the state and asserts that there is one: not so before the first update (and a
-    checkpoint is loaded before it), nor on a pipeline stage that has none of this optimizer's parameters."""
-    if not _is_torch_adam(self):
-        return original(self)
-    for group in self.optimizer.param_groups:
-        for parameter in group["params"]:
-            state = self.optimizer.state[parameter]
-            for name in ("exp_avg", "exp_avg_sq"):
-                if name not in state:
-                    state[name] = torch.zeros_like(parameter)
-            state.setdefault("step", torch.tensor(0.0))
-    if self.optimizer.state:
-        return original(self)
-    groups = [group | {"step": 0.0} for group in self.optimizer.param_groups]
-    return {"optimizer": {"param_groups": [{k: v for k, v in g.items() if k != "params"} for g in groups]}}
-
-
-def _load_state_dict(original, self, state_dict):
-    original(self, state_dict)
-    if _is_torch_adam(self):
-        for state in self.optimizer.state.values():
-            # Megatron gives all parameters one and the same tensor, which an update would count up once a parameter.
-            state["step"] = state["step"].clone()
-
-
-def _set_states(original, self, model_param, tensors):
-    """Keep what the checkpoint does not hold a tensor for: `step`, which is in the groups, and the main parameter of a
-    float32 model (the model parameter itself, already loaded). Megatron raises KeyError for both."""
-    if _is_torch_adam(self):
-        tensors = self._get_main_param_and_optimizer_states(model_param) | tensors
-    original(self, model_param, tensors)
-
-
-# --- with and without the distributed optimizer ---------------------------------------------------------------------
-
-
-def _sharded_param_state(original, self, model_sharded_state_dict, is_loading=False, metadata=None):
-    found = original(self, model_sharded_state_dict, is_loading, metadata)
-    name = (metadata or {}).get(MAIN_PARAMETER, "param")
-    if is_loading and name != "param":
-        for tensors in found.values():
-            entry = tensors.pop("param")
-            if name:
-                tensors["param"] = _renamed(entry, "param", name)
-    return found
-
-
-def _float16_sharded_state_dict(original, self, model_sharded_state_dict, is_loading=False, metadata=None):
-    found = original(self, model_sharded_state_dict, is_loading, metadata)
-    name = (metadata or {}).get(MAIN_PARAMETER, "fp32_param")
-    if is_loading and name != "fp32_param":
-        groups = found["fp32_from_fp16_params"]
-        found["fp32_from_fp16_params"] = [[_renamed(entry, "fp32_param", name) for entry in group] for group in groups]
-    return found
-
-
-def _renamed(entry, old: str, new: str):
-    return replace(entry, key=entry.key.replace(f"optimizer.state.{old}.", f"optimizer.state.{new}.", 1))
-
-
-# --- groups and step, whatever optimizers there were ----------------------------------------------------------------
-
-
-def _chained_load_state_dict(original, self, state_dict):
-    """Give each of this layout's optimizers its groups, found by what they say and not by where they were."""
-    if isinstance(state_dict, dict):
-        optimizers = self.chained_optimizers
-        entries = [state_dict, *(state_dict[key] for key in sorted(k for k in state_dict if isinstance(k, int)))]
-        saved = [entry for entry in entries if _groups(entry)]
-        if saved:
-            targets = [state_dict.get(i, {}) for i in range(len(optimizers))] if len(optimizers) > 1 else [state_dict]
-            adapted = [_adapted(o, target, saved) for o, target in zip(optimizers, targets, strict=True)]
-            state_dict = dict(enumerate(adapted)) if len(optimizers) > 1 else adapted[0]
-    original(self, state_dict)
-
-
-def _groups(entry: dict) -> list[dict]:
-    """The groups that were saved in `entry`; those that only say which parameters are here now do not count."""
-    groups = entry.get("optimizer", entry).get("param_groups", [])
-    return [group for group in groups if "lr" in group]
-
-
-def _adapted(optimizer, target: dict, saved: list[dict]) -> dict:
-    """The state to load into one optimizer: tensors from `target`, groups and step from wherever they were saved."""
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    groups = [group for entry in saved for group in _groups(entry)]
-    steps = [group["step"] for group in groups if group.get("step") is not None]
-    steps += [s for e in saved if (s := e.get("optimizer", e).get("state", {}).get("common_step")) is not None]
-    # All count together; an optimizer without parameters on the rank that wrote the groups has only counted to 0.
-    step = max(steps, default=None, key=float)
-    result = {key: value for key, value in target.items() if not isinstance(key, int)}
-    if "grad_scaler" in saved[0]:
-        result.setdefault("grad_scaler", saved[0]["grad_scaler"])
-    distributed = isinstance(optimizer, DistributedOptimizer)
-    if distributed:
-        kinds = [entry["param_state_sharding_type"] for entry in saved if "param_state_sharding_type" in entry]
-        result["param_state_sharding_type"] = kinds[0] if kinds else "fully_reshardable"
-
-    current = optimizer.optimizer.state_dict()["param_groups"]
-    matched = [copy.deepcopy(_match(group, groups)) | {"params": group["params"]} for group in current]
-    for group, now in zip(matched, current, strict=True):
-        group["is_expert_parallel"] = now["is_expert_parallel"]
-        group.pop("step", None)
-    if step is not None and (distributed or not _is_torch_adam(optimizer)):
-        for group in matched:
-            group["step"] = float(step) if _is_torch_adam(optimizer) else step
-    nested = "fp32_from_fp16_params" in result or distributed
-    inner = {"param_groups": matched}
-    if not distributed:
-        tensors = (result.get("optimizer", {}) if nested else result).get("state", {})
-        inner["state"] = {key: value for key, value in tensors.items() if isinstance(key, int) and value}
-        if step is not None and _is_torch_adam(optimizer):
-            inner["state"]["common_step"] = torch.as_tensor(float(step))
-    return result | ({"optimizer": inner} if nested else inner)
-
-
-def _match(group: dict, saved: list[dict]) -> dict:
-    """The saved group with the same hyperparameters. Whether experts were parallel is the layout's, not the group's."""
-    from megatron.core.optimizer.optimizer import param_group_identifier_keys
-
-    def identity(g: dict) -> tuple:
-        return tuple(g.get(k, g.get(f"pre_{k}")) for k in param_group_identifier_keys if k != "is_expert_parallel")
-
-    for candidate in saved:
-        if identity(candidate) == identity(group):
-            return candidate
-    raise ValueError(
-        f"the checkpoint's optimizer has no parameter group with {identity(group)} but {list(map(identity, saved))} "
-        f"(the order is {', '.join(k for k in param_group_identifier_keys if k != 'is_expert_parallel')}). "
-        "Were --lr or --min-lr changed? --no-load-optim loads the weights only"
-    )
+    optimizer_state.patch()

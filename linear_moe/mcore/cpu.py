@@ -33,6 +33,7 @@ def enable_cpu() -> bool:
         # Before the patches, because importing dynamo makes a table of torch.cuda's functions.
         torch.compiler.set_stance("force_eager")
         _patch_torch_cuda()
+        _patch_gloo()
         _DeviceMode().__enter__()  # for the life of the process
         _patch_megatron()
     return True
@@ -183,7 +184,7 @@ def _patch_torch_cuda() -> None:
 
 def _keep_generator_from_data_loaders() -> None:
     """A data loader's iterator draws a seed for its workers. On a GPU, dropout draws from another generator; here they
-    share one, and a resumed run, which makes its iterator after it has loaded the generator, would drop out differently.
+    share one, and a resumed run, which makes its iterator after it has loaded the generator, would drop others.
     """
     iterator = torch.utils.data.dataloader._BaseDataLoaderIter
     make = iterator.__init__
@@ -195,6 +196,33 @@ def _keep_generator_from_data_loaders() -> None:
         torch.set_rng_state(state)
 
     iterator.__init__ = make_and_restore
+
+
+def _patch_gloo() -> None:
+    """gloo gathers and scatters equal parts only; experts under TP exchange as many tokens as were routed."""
+    from torch import distributed as dist
+
+    gather, scatter = dist.all_gather, dist.reduce_scatter
+
+    def all_gather(parts, own, group=None, async_op=False):
+        sizes = [len(part) for part in parts]
+        if len(set(sizes)) == 1:
+            return gather(parts, own, group, async_op)
+        whole = own.new_empty(sum(sizes), *own.shape[1:])
+        copies = own.repeat(len(sizes), *[1] * (own.ndim - 1))
+        dist.all_to_all_single(whole, copies, sizes, [len(own)] * len(sizes), group)
+        for part, received in zip(parts, whole.split(sizes)):
+            part.copy_(received)
+
+    def reduce_scatter(own, parts, op=dist.ReduceOp.SUM, group=None, async_op=False):
+        sizes = [len(part) for part in parts]
+        if len(set(sizes)) == 1:
+            return scatter(own, parts, op, group, async_op)
+        whole = torch.cat(list(parts))
+        dist.all_reduce(whole, op, group)
+        own.copy_(whole.split(sizes)[dist.get_rank(group)])
+
+    dist.all_gather, dist.reduce_scatter = all_gather, reduce_scatter
 
 
 def _patch_megatron() -> None:

@@ -81,6 +81,7 @@ class MixerLayer(MegatronModule):
         )
         if mom:
             self.router = Router(config.hidden_size, mom.memories, mom.topk, **factory)
+            telemetry.sums.pop(layer_number, None)  # figures of an earlier model in this process
         if config.perform_initialization:
             self.core.reset_parameters(config.init_method)
             if mom:
@@ -199,6 +200,4 @@ def _by_section(whole: ShardedTensor, sections: dict[str, int], axis: int, offse
             for name, part in zip(sections, tensor.split(list(sections.values()), axis))
         ]
 
-    return ShardedTensorFactory(
-        whole.key, whole.data, build, lambda parts: torch.cat(parts, axis), whole.replica_id
-    )
+    return ShardedTensorFactory(whole.key, whole.data, build, lambda parts: torch.cat(parts, axis), whole.replica_id)

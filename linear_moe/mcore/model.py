@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -22,6 +25,7 @@ from linear_moe.mcore.arguments import (
     read_config,
     set_argv,
 )
+from linear_moe.mcore.checkpoint import patch_megatron
 from linear_moe.mcore.cpu import enable_cpu
 from linear_moe.mcore.init import reinitialize
 from linear_moe.mcore.specs import layer_specs
@@ -30,9 +34,11 @@ from linear_moe.mcore.specs import layer_specs
 def model_config(args) -> GPTModelConfig:
     """Megatron's GPTModelConfig with the layers that the arguments name.
 
+    Also prepares Megatron's checkpoints for them (``checkpoint.patch_megatron``), so call it before training starts.
     With ``--use-cpu-initialization`` every parameter starts as a function of its name and ``--seed`` alone, whatever
     the parallel layout.
     """
+    patch_megatron()
     config = gpt_config_from_args(args)
     options = layer_options(args)
     config.transformer_layer_spec = lambda model, vp_stage=None: layer_specs(model.transformer, options, vp_stage)
@@ -72,7 +78,8 @@ def build_model(config: str | Path | Mapping[str, object], **overrides: object) 
     merged.setdefault("vocab-size", 512)
     args = _parse(config_argv(merged, name))
     check_arguments(args)
-    validate_args(args)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints every argument
+        validate_args(args)
     if not torch.distributed.is_initialized():
         store = torch.distributed.HashStore()
         backend = "nccl" if torch.cuda.is_available() and args.distributed_backend == "nccl" else "gloo"
@@ -89,8 +96,6 @@ def build_model(config: str | Path | Mapping[str, object], **overrides: object) 
 
 
 def _parse(argv: list[str]):
-    import sys
-
     before = sys.argv
     try:
         set_argv(argv)

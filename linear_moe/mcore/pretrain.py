@@ -32,7 +32,7 @@ from megatron.training.utils import (
 )
 
 from linear_moe.mcore.arguments import add_arguments, check_arguments, expand_argv, set_argv
-from linear_moe.mcore.checkpoint import check_checkpoint, patch_megatron
+from linear_moe.mcore.checkpoint import check_checkpoint
 from linear_moe.mcore.cpu import enable_cpu
 from linear_moe.mcore.flops import training_flops
 from linear_moe.mcore.model import model_config
@@ -59,7 +59,6 @@ def main(argv: list[str] | None = None) -> None:
     check_arguments(early)
     check_data(early)
     args = parse_and_validate_args(add_arguments, args_defaults={"tokenizer_type": "HuggingFaceTokenizer"})
-    patch_megatron()
     check_checkpoint(args)
     install_telemetry()
     datasets_provider.is_distributed = True

@@ -101,9 +101,7 @@ def layer_specs(config, options: LayerOptions, vp_stage: int | None = None) -> T
     return TransformerBlockSubmodules(layer_specs=own, layer_norm=_te_norm() if use_te else Norm)
 
 
-def _with_mixer(
-    softmax: TransformerLayerSubmodules, options: LayerOptions, use_te: bool
-) -> TransformerLayerSubmodules:
+def _with_mixer(softmax: TransformerLayerSubmodules, options: LayerOptions, use_te: bool) -> TransformerLayerSubmodules:
     """A softmax layer with a mixer in its attention's place.
 
     The input norm is a module of its own also with Transformer Engine: router, read and write projections share it.

@@ -8,6 +8,8 @@ States are [N, HV, K, V] float32 (float64 for float64 values); the rules compute
 Everything is differentiable, states and constant decays included.
 """
 
+from contextlib import nullcontext
+
 import torch
 
 from . import chunk, reference
@@ -15,6 +17,12 @@ from . import short_conv as conv
 from .check import check_backend, check_conv, check_rule, check_step
 from .step import RULES
 from .step import step as step_torch
+
+
+def _without_autocast(device_type):
+    """The rules choose their own precision; autocast would run their products in bf16."""
+    known = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if known else nullcontext()
 
 
 def linear_attention(
@@ -28,7 +36,7 @@ def linear_attention(
     check_rule("linear_attention", q, k, v, None, g, initial_state, cu_seqlens)
     rule = {"torch": chunk, "reference": reference}[check_backend(backend)].linear_attention
     scale = k.shape[-1] ** -0.5 if scale is None else scale
-    with torch.autocast(v.device.type, enabled=False):
+    with _without_autocast(v.device.type):
         return rule(
             q, k, v, g, scale=scale, initial_state=initial_state, return_state=return_state, cu_seqlens=cu_seqlens
         )
@@ -39,14 +47,14 @@ def delta_rule(
 ):
     """S_t = (I - b_t k_t k_t^T) Diag(e^g_t) S_{t-1} + b_t k_t v_t^T,  o_t = scale S_t^T q_t.
 
-    Without g DeltaNet (arXiv 2406.06484), with a scalar g a head Gated DeltaNet (2412.06464), a channel KDA (2510.26692).
+    Without g DeltaNet (arXiv 2406.06484), with g a head Gated DeltaNet (2412.06464), with g a channel KDA (2510.26692).
     Shapes and dtypes: see the module. scale defaults to K^-1/2. Returns (o [B, T, HV, V], final state or None).
     Raises ValueError for shapes, dtypes, cu_seqlens or a backend that do not fit.
     """
     check_rule("delta_rule", q, k, v, beta, g, initial_state, cu_seqlens)
     rule = {"torch": chunk, "reference": reference}[check_backend(backend)].delta_rule
     scale = k.shape[-1] ** -0.5 if scale is None else scale
-    with torch.autocast(v.device.type, enabled=False):
+    with _without_autocast(v.device.type):
         return rule(
             q, k, v, beta, g, scale=scale, initial_state=initial_state, return_state=return_state, cu_seqlens=cu_seqlens
         )
@@ -87,7 +95,7 @@ def step(rule, state, q, k, v, beta=None, g=None, *, scale=None, backend="auto")
     check_step(rule, state, q, k, v, beta, g)
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     if check_backend(backend) == "torch":
-        with torch.autocast(v.device.type, enabled=False):
+        with _without_autocast(v.device.type):
             return step_torch(rule, state, q, k, v, beta, g, scale=scale)
     g = g.unsqueeze(1) if g is not None and g.ndim > 1 else g
     operands = [x.unsqueeze(1) for x in (q, k, v, beta) if x is not None]

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 def grouped_linear(x, weight, offsets):
     """Row r of group m becomes ``x[r] @ weight[m].T``.
 
-    x [R, D]; weight [G, E, D]; offsets int32 [G], the END of every group's rows, the last one R. Returns [R, E]. On CUDA
-    this is one ``torch.nn.functional.grouped_mm`` (bfloat16, float16 or float32), which never reads the offsets back.
+    x [R, D]; weight [G, E, D]; offsets int32 [G], the END of every group's rows, the last one R. Returns [R, E]. On
+    CUDA this is one ``torch.nn.functional.grouped_mm`` (bfloat16, float16 or float32), which never reads them back.
     """
     if x.is_cuda:
         return F.grouped_mm(x, weight.transpose(-1, -2), offs=offsets)

@@ -3,6 +3,8 @@
 Shapes are those of linear_moe/ops/api.py, which also checks them: nothing is checked here.
 """
 
+from itertools import pairwise
+
 import torch
 
 
@@ -25,7 +27,7 @@ def _sequences(B, T, cu_seqlens):
     if cu_seqlens is None:
         return [(b, 0, T) for b in range(B)]
     ends = cu_seqlens.tolist()
-    return [(0, start, end) for start, end in zip(ends, ends[1:])]
+    return [(0, start, end) for start, end in pairwise(ends)]
 
 
 def _states(k, v, initial_state, count):
@@ -56,7 +58,7 @@ def linear_attention(q, k, v, g=None, *, scale=None, initial_state=None, return_
 def delta_rule(q, k, v, beta, g=None, *, scale=None, initial_state=None, return_state=False, cu_seqlens=None):
     """S_t = (I - b_t k_t k_t^T) Diag(e^g_t) S_{t-1} + b_t k_t v_t^T,  o_t = scale S_t^T q_t.
 
-    Without g DeltaNet (arXiv 2406.06484), a scalar g a head Gated DeltaNet (2412.06464), a g a channel KDA (2510.26692).
+    Without g DeltaNet (arXiv 2406.06484), with g a head Gated DeltaNet (2412.06464), with g a channel KDA (2510.26692).
     """
     scale, dtype = k.shape[-1] ** -0.5 if scale is None else scale, v.dtype
     q, k, v, decay, beta = _expand(q, k, v, g, beta)

@@ -1,4 +1,4 @@
-"""Lightning attention (arXiv 2401.04658): S_t = e^{-s_h} S_{t-1} + k_t v_t^T with ALiBi slopes that shrink with depth."""
+"""Lightning attention (arXiv 2401.04658): S_t = e^{-s_h} S_{t-1} + k_t v_t^T with slopes that shrink with depth."""
 
 import math
 
@@ -37,6 +37,4 @@ class Lightning(Mixer):
         return {"g": HeadParameter(init=lambda heads: -alibi_slopes(heads) * depth, trainable=False)}
 
     def recur(self, q, k, v, *, p, state, return_state, cu_seqlens, positions):
-        return linear_attention(
-            q, k, v, p["g"], initial_state=state, return_state=return_state, cu_seqlens=cu_seqlens
-        )
+        return linear_attention(q, k, v, p["g"], initial_state=state, return_state=return_state, cu_seqlens=cu_seqlens)

@@ -67,7 +67,9 @@ def test_mixer_is_causal(mixer, form, training, pack, seed):
 @pytest.mark.parametrize("pack", [False, True], ids=["dense", "packed"])
 def test_hybrid_model_is_causal(pack, seed):
     """Two linear layers, a softmax layer and MoE feed-forward in all of them, as one stack."""
-    model = linear_moe.build_model(MODEL, mixer="gated_deltanet", layer_pattern="LLN", num_layers=3, seed=seed, **HYBRID)
+    model = linear_moe.build_model(
+        MODEL, mixer="gated_deltanet", layer_pattern="LLN", num_layers=3, seed=seed, **HYBRID
+    )
     rotary = model.rotary_pos_emb(T)
 
     def forward(x):

@@ -55,7 +55,9 @@ def test_losses_join_the_gradient(seed):
     plain = (torch.cat([routing.weights, torch.ones(N, 1)], 1) * direction).sum()
     added = 0.5 * (0.3 * routing.balance_loss + 0.2 * routing.z_loss)
     (explicit,) = torch.autograd.grad(plain + added, router.weight)
-    (without,) = torch.autograd.grad(make_routes(router(x), config, (1, N), None, 0.0).weights.mul(direction).sum(), router.weight)
+    (without,) = torch.autograd.grad(
+        make_routes(router(x), config, (1, N), None, 0.0).weights.mul(direction).sum(), router.weight
+    )
     assert rel_err(hidden, explicit) < 1e-12
     assert rel_err(without, explicit) > 1e-3
 

@@ -17,10 +17,10 @@ PACKED = {
 H, HV, K, V = 2, 4, 8, 12
 
 
-def layouts():
+def layouts(lengths=LENGTHS, packed=PACKED):
     """{id: (B, T, cu_seqlens or None)}: dense and packed."""
-    dense = {f"T{T}": (2, T, None) for T in LENGTHS}
-    return dense | {name: (1, ends[-1], torch.tensor(ends, dtype=torch.int32)) for name, ends in PACKED.items()}
+    dense = {f"T{T}": (2, T, None) for T in lengths}
+    return dense | {name: (1, ends[-1], torch.tensor(ends, dtype=torch.int32)) for name, ends in packed.items()}
 
 
 def inputs(rule, decay, B, T, cu_seqlens=None, *, heads=HV, strong=True):
@@ -41,17 +41,19 @@ def inputs(rule, decay, B, T, cu_seqlens=None, *, heads=HV, strong=True):
 
 
 def run(rule, x, dtype=torch.float64, **options):
-    """{name: tensor} of a rule's output, final state and every gradient, all for one cotangent.
-
-    q, k, v come in dtype; gates and states too, but never in less than float32.
-    """
+    """`results` of a rule with q, k, v in dtype; gates and states too, but never in less than float32."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    x = {name: tensor.to(dtype if name in ("q", "k", "v") else wide).requires_grad_() for name, tensor in x.items()}
-    o, state = getattr(ops, rule)(**x, return_state=True, **options)
+    x = {name: tensor.to(dtype if name in ("q", "k", "v") else wide) for name, tensor in x.items()}
+    return results(getattr(ops, rule), x, **options)
+
+
+def results(function, x, **options):
+    """{name: tensor} of a function's output, final state and every gradient, all for one cotangent."""
+    x = {name: tensor.requires_grad_() for name, tensor in x.items()}
+    o, state = function(**x, return_state=True, **options)
     noise = torch.Generator().manual_seed(0)
     loss = sum((y.double() * torch.randn(y.shape, generator=noise, dtype=torch.float64)).sum() for y in (o, state))
-    grads = torch.autograd.grad(loss, list(x.values()), allow_unused=True)
-    grads = [torch.zeros_like(y) if grad is None else grad for y, grad in zip(x.values(), grads)]
+    grads = torch.autograd.grad(loss, list(x.values()), materialize_grads=True)
     return {"o": o, "state": state} | {f"d{name}": grad for name, grad in zip(x, grads)}
 
 

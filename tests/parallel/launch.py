@@ -116,7 +116,8 @@ class _Processes:
                     errors[rank] = value
                     deadline = min(deadline, time.monotonic() + GRACE)
         for rank in missing:
-            errors.setdefault(rank, "had not finished: hanging, or waiting for a rank that failed")
+            waited = f"not finished after {time.monotonic() - start:.0f} s"
+            errors.setdefault(rank, f"{waited}: hanging, or waiting for a rank that failed")
         self.warm = True
         return Outcome(case.name, values, self._report(errors), time.monotonic() - start)
 
@@ -136,6 +137,7 @@ def _child(rank: int, world_size: int, folder: str, pipe) -> None:
     sys.path.insert(0, str(ROOT))
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # read by Megatron, not used: the store is a file
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # gloo and the CPU, on a machine with GPUs too
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     import torch

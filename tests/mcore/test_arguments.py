@@ -1,0 +1,147 @@
+"""Flags, configuration files and patterns; what is refused, and how it is said."""
+
+import argparse
+
+import pytest
+import yaml
+from megatron.training.arguments import add_megatron_arguments
+
+from linear_moe.mcore.arguments import add_arguments, check_arguments, config_argv, expand_argv, layer_options
+from linear_moe.mcore.specs import expand_pattern
+
+MODEL = {"num-layers": 4, "hidden-size": 32, "num-attention-heads": 4, "seq-length": 32}
+
+
+def parse(argv):
+    args = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))).parse_args(argv)
+    args.world_size, args.rank = 4, 0
+    return args
+
+
+def from_config(tmp_path, config, *flags):
+    path = tmp_path / "model.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return parse(expand_argv(["--config", str(path), *flags]))
+
+
+def test_configuration_becomes_arguments_and_flags_override(tmp_path):
+    config = MODEL | {
+        "layer_pattern": "LLLN",
+        "mixer": "gla",
+        "mixer-args": {"gate_rank": 4},
+        "mom-memories": 4,
+        "mom-shared-memory": False,
+        "moe-layer-freq": [0, 1, 0, 1],
+        "lr": 1e-3,
+        "swiglu": True,
+        "bf16": False,
+        "data-path": ["0.3", "a", "0.7", "b"],
+        "load": None,
+    }
+    args = from_config(tmp_path, config, "--hidden-size", "64", "--mom-topk", "3")
+    assert (args.hidden_size, args.num_layers, args.mom_topk, args.lr) == (64, 4, 3, 1e-3)
+    assert args.mixer_args == {"gate_rank": 4} and args.moe_layer_freq == [0, 1, 0, 1]
+    assert args.swiglu and not args.bf16 and not args.mom_shared_memory and args.load is None
+    assert args.data_path == ["0.3", "a", "0.7", "b"]
+    options = layer_options(args)
+    assert options.mixer_config.gate_rank == 4 and options.mixer_config.head_dim == 16
+    assert options.mom.memories == 4 and options.mom.topk == 3 and options.mom.projections == 4
+
+
+def test_a_switch_of_the_file_can_be_taken_back(tmp_path):
+    assert not from_config(tmp_path, MODEL | {"swiglu": True}, "--no-swiglu").swiglu
+    assert from_config(tmp_path, MODEL | {"mom-shared-memory": False}, "--mom-shared-memory").mom_shared_memory
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"mom-memory": 4}, "unknown key 'mom-memory'; did you mean 'mom-memories'"),
+        ({"num_layer": 4}, "unknown key 'num_layer'; did you mean 'num-layers'"),
+        ({"swiglu": "yes please"}, "swiglu is a switch, so it must be true or false, but is 'yes please'"),
+    ],
+)
+def test_unknown_keys(config, message):
+    with pytest.raises(ValueError, match=message):
+        config_argv(config)
+
+
+def test_bad_configuration_files(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere.yaml does not exist"):
+        expand_argv(["--config", str(tmp_path / "nowhere.yaml")])
+    path = tmp_path / "list.yaml"
+    path.write_text("- 1\n- 2\n")
+    with pytest.raises(ValueError, match="must map argument names to values, but is a list"):
+        expand_argv(["--config", str(path)])
+    path.write_text("a: [1\n")
+    with pytest.raises(ValueError, match="not valid YAML"):
+        expand_argv(["--config", str(path)])
+
+
+def test_unknown_flag_suggests(tmp_path):
+    path = tmp_path / "model.yaml"
+    path.write_text(yaml.safe_dump(MODEL))
+    with pytest.raises(ValueError, match="unknown flag --num-layer; did you mean --num-layers"):
+        expand_argv(["--config", str(path), "--num-layer", "3"])
+
+
+def test_mixer_args_must_be_json(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--mixer-args", "head_dim=64"])
+    assert 'write it as {"head_dim": 64}' in capsys.readouterr().err
+
+
+def test_patterns():
+    assert expand_pattern("LLLN", 8) == "LLLNLLLN"
+    assert expand_pattern("NLL", 3) == "NLL"
+    with pytest.raises(
+        ValueError, match=r"unknown letters \['X'\]; allowed: L \(linear mixer\), N \(softmax attention\)"
+    ):
+        expand_pattern("LLX", 6)
+    with pytest.raises(
+        ValueError, match=r"num_layers \(6\) must be a multiple of the length of layer_pattern 'LLLN' \(4\)"
+    ):
+        expand_pattern("LLLN", 6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--mixer glaa", "unknown mixer 'glaa'; did you mean 'gla'"),
+        ("--mom-memories 2 --mom-topk 3", r"mom_topk \(3\) must be between 1 and mom_memories \(2\)"),
+        (
+            "--tensor-model-parallel-size 3",
+            r"num_attention_heads \(4\) must be divisible by tensor_model_parallel_size \(3\)",
+        ),
+        (
+            "--tensor-model-parallel-size 2 --group-query-attention --num-query-groups 1",
+            r"num_query_groups \(1\) must be divisible by tensor_model_parallel_size \(2\)",
+        ),
+        (
+            '--tensor-model-parallel-size 4 --mixer-args {"num_heads":2}',
+            r"mixer option num_heads \(2\) must be divisible by tensor_model_parallel_size \(4\)",
+        ),
+        ("--num-experts 3 --expert-model-parallel-size 2", r"num_experts \(3\) must be divisible by expert_model"),
+        ("--num-experts 2 --tensor-model-parallel-size 2", "needs --sequence-parallel"),
+        ("--context-parallel-size 2", "context_parallel_size .2. must be 1"),
+        ("--mtp-num-layers 1", "mtp_num_layers .1. must be 0"),
+        ("--reset-attention-mask", "use --dataloader-inter-document-masking"),
+        (
+            "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --no-overlap-p2p-communication",
+            "batched p2p gives wrong gradients",
+        ),
+        (
+            "--recompute-granularity selective --recompute-modules layernorm moe_act --transformer-impl local",
+            r"recompute_modules \['layernorm', 'moe_act'\] need --transformer-impl transformer_engine",
+        ),
+        ("--num-experts 2 --moe-layer-freq [0,1]", "moe_layer_freq must hold one 0 or 1 for each of the 4 layers"),
+    ],
+)
+def test_what_does_not_fit_is_refused(flags, message):
+    argv = config_argv(MODEL) + flags.split()
+    with pytest.raises(ValueError, match=message):
+        check_arguments(parse(argv))
+
+
+def test_what_fits_passes():
+    check_arguments(parse([*config_argv(MODEL), "--layer-pattern", "LN", "--mom-memories", "4"]))

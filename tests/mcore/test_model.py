@@ -1,0 +1,188 @@
+"""The model that the arguments describe: its layers, gradients, cost, and mixers from outside."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.training.training import num_floating_point_operations
+
+import linear_moe
+from linear_moe.mcore.attention import TorchAttention
+from linear_moe.mcore.flops import training_flops
+from linear_moe.mcore.mixer_layer import MixerLayer
+from tests.helpers import rel_err
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "examples" / "configs" / "tiny.yaml"
+
+
+def batch(length=64, vocabulary=512):
+    tokens = torch.randint(vocabulary, (2, length))
+    return tokens, torch.arange(length).expand_as(tokens)
+
+
+def test_configuration_makes_the_layers(seed):
+    model = linear_moe.build_model(TINY, seed=seed)
+    layers = [layer.self_attention for layer in model.decoder.layers]
+    assert [isinstance(layer, MixerLayer) for layer in layers] == [True, True, True, False]
+    assert isinstance(layers[3].core_attention, TorchAttention)
+    assert all(len(layer.mlp.experts.local_experts) == 4 for layer in model.decoder.layers)
+    assert layers[0].router.weight.shape == (4, 64) and layers[0].core.rows.weight.shape[0] == 5
+    tokens, positions = batch()
+    model(tokens, positions, None, labels=tokens).mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_pattern_of_feed_forwards(seed):
+    model = linear_moe.build_model(TINY, seed=seed, layer_pattern="LN", moe_layer_freq=[0, 1, 1, 0])
+    assert [hasattr(layer.mlp, "experts") for layer in model.decoder.layers] == [False, True, True, False]
+
+
+def test_same_seed_same_model():
+    first, second, other = (linear_moe.build_model(TINY, seed=s).state_dict() for s in (1, 1, 2))
+    names = [name for name, value in first.items() if isinstance(value, torch.Tensor)]
+    assert all(torch.equal(first[name], second[name]) for name in names)
+    assert not torch.equal(first["embedding.word_embeddings.weight"], other["embedding.word_embeddings.weight"])
+
+
+@pytest.mark.parametrize("options", [{}, {"recompute_granularity": "full", "recompute_method": "uniform"}], ids=str)
+def test_recompute_changes_nothing(options, seed):
+    """Full activation recomputation: the same gradients, and the routers' figures counted once."""
+    from linear_moe.mcore.telemetry import telemetry
+
+    if options:
+        options = options | {"recompute_num_layers": 1}
+    tokens, positions = batch()
+    grads = []
+    for extra in ({}, options):
+        model = linear_moe.build_model(TINY, seed=seed, **extra)
+        model(tokens, positions, None, labels=tokens).mean().backward()
+        grads.append([p.grad for p in model.parameters()])
+        assert [int(telemetry.sums[layer][-1]) for layer in (1, 2, 3)] == [1, 1, 1]
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"qk_layernorm": True},
+        {"moe_shared_expert_intermediate_size": 32},
+        {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
+        {"normalization": "LayerNorm", "disable_bias_linear": False, "num_experts": None, "moe_ffn_hidden_size": None},
+        {"apply_layernorm_1p": True},
+        {"multi_latent_attention": True, "group_query_attention": False, "num_query_groups": 1},
+        {"mom_single_kv": True, "mom_shared_memory": False},
+        {"mom_memories": 1, "mom_topk": 1},
+        {"layer_pattern": "N", "bf16": True},
+        {"bf16": True},
+    ],
+    ids=lambda options: "+".join(options),
+)
+def test_options_of_megatron_keep_working(options, seed):
+    model = linear_moe.build_model(TINY, seed=seed, **options)
+    if options.get("bf16"):
+        model = model.bfloat16()
+    tokens, positions = batch()
+    loss = model(tokens, positions, None, labels=tokens).float().mean()
+    loss.backward()
+    assert abs(loss.item() - 6.24) < 0.5  # ln 512
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_attention_is_megatrons(seed):
+    """Torch's attention and mcore's own, on the same weights."""
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.enums import AttnMaskType
+
+    model = linear_moe.build_model(TINY, seed=seed, layer_pattern="N")
+    ours = model.decoder.layers[0].self_attention
+    x = torch.randn(40, 2, 64)
+    mask = torch.ones(40, 40).triu(1).bool()[None, None]
+    before, _ = ours(x, mask)
+    ours.core_attention = DotProductAttention(ours.config, 1, AttnMaskType.causal, "self")
+    after, _ = ours(x, mask)
+    assert rel_err(before, after) < 1e-5
+
+
+@pytest.mark.parametrize("memories", [0, 3], ids=["plain", "mom"])
+def test_a_mixer_from_outside_trains(memories, seed):
+    """One class elsewhere, named on the command line, is a mixer: in a model, under MoM too, and it learns."""
+    model = linear_moe.build_model(TINY, seed=seed, mixer="tests.mixers:Toy", mom_memories=memories, layer_pattern="L")
+    tokens, positions = batch(length=48, vocabulary=40)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(15):
+        loss = model(tokens, positions, None, labels=tokens.roll(-1, 1)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0], losses
+
+
+def test_a_mixer_needs_one_registry_line(seed, monkeypatch):
+    from linear_moe.ssm import MIXERS
+
+    monkeypatch.setitem(MIXERS, "toy", "tests.mixers:Toy")
+    model = linear_moe.build_model(TINY, seed=seed, mixer="toy")
+    assert type(model.decoder.layers[0].self_attention.core.mixer).__name__ == "Toy"
+
+
+def arguments(**options):
+    from linear_moe.mcore.arguments import config_argv, read_config
+    from linear_moe.mcore.model import _parse
+
+    config = {k.replace("_", "-"): v for k, v in options.items()}
+    args = _parse(config_argv(read_config(TINY) | config))
+    args.padded_vocab_size, args.kv_channels = 512, args.hidden_size // args.num_attention_heads
+    args.attention_output_gate = False
+    return args
+
+
+def test_flops_of_softmax_layers_are_megatrons():
+    """Where every layer is softmax attention, Megatron's formula is right, and ours agrees with it."""
+    for options in (
+        {"num-experts": None},
+        {"moe-layer-freq": [1, 0, 1, 0]},
+        {"moe-shared-expert-intermediate-size": 48},
+    ):
+        args = arguments(layer_pattern="N", **options)
+        theirs = num_floating_point_operations(args, 7)
+        assert abs(training_flops(args, 7) / theirs - 1) < 2e-2, options  # Megatron leaves the MoE router out
+
+
+def test_flops_of_linear_layers_by_hand():
+    args = arguments(layer_pattern="L", num_layers=1, num_experts=None, mom_memories=0)
+    hidden, heads, width, tokens = 64, 4, 16, 3 * 128
+    projections = 4 * hidden * heads * width + 2 * hidden * heads + heads * width * hidden  # q k v gate, beta a, out
+    rule, conv = 3 * heads * width * width, 3 * heads * width * 4
+    feed_forward, logits = 3 * hidden * 128, hidden * 512
+    plain = 6 * tokens * (projections + rule + conv + feed_forward + logits)
+    assert training_flops(args, 3) == plain
+    args = arguments(layer_pattern="L", num_layers=1, num_experts=None, mom_memories=4, mom_topk=2)
+    writes = 2 * hidden * heads * width + 2 * hidden * heads  # k v, beta a: three times, not once
+    assert training_flops(args, 3) == plain + 6 * tokens * (2 * (writes + rule + conv) + 4 * hidden)
+
+
+def test_transformer_engine_specs_as_far_as_they_go():
+    """Without the package the choice is one clear error; the specs themselves need a GPU machine."""
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    if HAVE_TE:
+        pytest.skip("Transformer Engine is installed: covered by running on its machine")
+    with pytest.raises(ValueError, match=r"needs Transformer Engine: pip install linear-moe\[gpu\]"):
+        linear_moe.build_model(TINY, transformer_impl="transformer_engine")
+
+
+def test_a_users_own_megatron_script(tmp_path):
+    """README's three lines in a script that otherwise knows Megatron only."""
+    command = [sys.executable, str(ROOT / "tests" / "mcore" / "own_script.py"), "--layer-pattern", "LN"]
+    command += ["--num-layers", "2", "--mom-memories", "3", "--mixer", "gla"]
+    run = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    assert "iteration        3/       3" in run.stdout and "lm loss" in run.stdout
