@@ -139,6 +139,12 @@ def check_arguments(args) -> None:
             "the interleaved pipeline schedule needs overlapped p2p communication (batched p2p gives wrong gradients): "
             "drop --no-overlap-p2p-communication"
         )
+    packed = args.dataloader_inter_document_masking or args.sft
+    if packed and args.pipeline_model_parallel_size > 1 and args.micro_batch_size != 1:
+        raise ValueError(
+            f"packed sequences under pipeline parallelism need micro_batch_size 1, not {args.micro_batch_size}: "
+            "Megatron's stages exchange [seq_length, micro_batch_size], but a packed batch is one long sequence"
+        )
     missing_te = {"layernorm", "moe_act"} & set(args.recompute_modules or ())
     if args.transformer_impl == "local" and args.recompute_granularity == "selective" and missing_te:
         raise ValueError(f"recompute_modules {sorted(missing_te)} need --transformer-impl transformer_engine")

@@ -253,6 +253,9 @@ def install_telemetry() -> None:
         _write(figures, iteration)
         if tokens_per_second is not None:
             text = f" tokens/s: {tokens_per_second:.0f} |"
+            if args.log_throughput:
+                flops = training_flops(args, 1) / args.seq_length * tokens_per_second
+                text += f" TFLOP/s of all processes: {flops / 1e12:.4g} |"
             if "mom/balance_loss" in figures:
                 text += f" MoM balance loss: {figures['mom/balance_loss']:.3f} |"
                 text += f" router entropy: {figures['mom/router_entropy']:.3f} |"

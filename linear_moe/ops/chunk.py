@@ -119,9 +119,9 @@ def delta_rule(q, k, v, beta, g=None, *, scale, initial_state=None, return_state
     layout, q, k, v, g, beta, state = _prepare(q, k, v, g, beta, scale, initial_state, cu_seqlens)
     (scores, keys), k_end, decay = _products([q, k], k, g)
     targets = beta * torch.cat([v, _decayed(k, decay)], -1)
-    u, w = torch.linalg.solve_triangular(beta * keys, targets, upper=False, unitriangular=True).split_with_sizes(
-        [V, targets.shape[-1] - V], -1
-    )
+    # unitriangular: the diagonal of `keys` is never read, neither here nor in the backward
+    solved = torch.linalg.solve_triangular(beta * keys, targets, upper=False, unitriangular=True)
+    u, w = solved.split([V, k.shape[-1]], -1)
 
     def update(S, u, w, k, *d):
         values = torch.baddbmm(u, w, S, alpha=-1)

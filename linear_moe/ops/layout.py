@@ -1,6 +1,6 @@
 """Where the tokens of dense or packed sequences lie when rules run chunk by chunk.
 
-A chunk holds C tokens of one sequence; a sequence's last chunk is filled up with zero rows, which no rule reads. Chunks
+A chunk holds C tokens of one sequence; a sequence's last chunk is filled up with zero rows, which write nothing. Chunks
 are ordered by scan step: step s holds the s-th chunk of every sequence that has one, longest sequence first (as in
 torch.nn.utils.rnn.PackedSequence). So the scan runs all sequences at once and spends nothing on padding. Where lengths
 may not be read (on a GPU that would stall it), every step holds one chunk, and a sequence's first chunk takes its

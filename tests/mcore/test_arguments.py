@@ -134,6 +134,10 @@ def test_patterns():
             "--recompute-granularity selective --recompute-modules layernorm moe_act --transformer-impl local",
             r"recompute_modules \['layernorm', 'moe_act'\] need --transformer-impl transformer_engine",
         ),
+        (
+            "--dataloader-inter-document-masking --pipeline-model-parallel-size 2 --micro-batch-size 2",
+            "packed sequences under pipeline parallelism need micro_batch_size 1, not 2",
+        ),
         ("--num-experts 2 --moe-layer-freq [0,1]", "moe_layer_freq must hold one 0 or 1 for each of the 4 layers"),
     ],
 )

@@ -7,9 +7,10 @@
 """
 
 import gc
-import shutil
+import unittest.mock
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -36,17 +37,25 @@ class Run:
     learning_rates: list[float] = field(default_factory=list)
     metrics: list[dict[str, float]] = field(default_factory=list)  # every entry of the loss dictionary
     iterations: list[int] = field(default_factory=list)
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    figures: list[dict[str, float]] = field(default_factory=list)  # what MoM's telemetry wrote
+    save: str | None = None  # where its checkpoints are
+
+    @cached_property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """{global name: whole tensor} of the last checkpoint, optimizer state included."""
+        return read_checkpoint(self.save)
 
 
-def train(pretrain_fn: Callable[[list[str]], None], argv: list[str], save: str | Path | None = None) -> Run:
-    """Run `pretrain_fn` once from a clean slate. With `save` every rank gets the last checkpoint's whole tensors."""
+def train(pretrain_fn: Callable[[list[str]], None], argv: list[str], save: str | None = None) -> Run:
+    """Run `pretrain_fn` once from a clean slate, with checkpoints in the folder `save` if it is given."""
     from megatron.training import training
 
     enable_cpu()
+    from linear_moe.mcore import pretrain
+
     patch_megatron()
     reset_megatron()
-    run, log = Run(), training.training_log
+    run, log = Run(save=save), training.training_log
 
     def spy(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs):
         run.metrics.append({name: float(value.float().mean()) for name, value in loss_dict.items()})
@@ -57,7 +66,8 @@ def train(pretrain_fn: Callable[[list[str]], None], argv: list[str], save: str |
 
     training.training_log = spy
     try:
-        pretrain_fn([*argv, *(["--save", str(save)] if save else [])])
+        with unittest.mock.patch.object(pretrain, "_write", lambda figures, _: run.figures.append(figures)):
+            pretrain_fn([*argv, *(["--save", str(save)] if save else [])])
     finally:
         training.training_log = log
     # Only the last pipeline stage knows the losses.
@@ -65,9 +75,7 @@ def train(pretrain_fn: Callable[[list[str]], None], argv: list[str], save: str |
     torch.distributed.all_gather_object(everyone, run.metrics)
     run.metrics = next((metrics for metrics in everyone if any(metrics)), run.metrics)
     run.losses = [metrics["lm loss"] for metrics in run.metrics if metrics]
-    if save:
-        run.tensors = read_checkpoint(save)
-        torch.distributed.barrier()
+    torch.distributed.barrier()  # rank 0 writes the last checkpoint's metadata
     return run
 
 
@@ -114,13 +122,6 @@ def read_checkpoint(folder: str | Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def copy_checkpoint(source: str | Path, target: str | Path) -> None:
-    """On rank 0, then a barrier: so that a run can go on from `source` without writing into it."""
-    if torch.distributed.get_rank() == 0:
-        shutil.copytree(source, target)
-    torch.distributed.barrier()
-
-
 def relative_error(x: torch.Tensor, reference: torch.Tensor) -> float:
     x, reference = x.double(), reference.double()
     return float((x - reference).norm() / reference.norm().clamp_min(1e-12))
@@ -133,11 +134,15 @@ def differences(run: Run, reference: Run, losses=1e-5, norms=1e-4, tensors=1e-4)
     of a wrong scale, which Adam would hide from the parameters, shows in them. The rest is `same_tensors`' business.
     """
     found = []
-    for name, tolerance in (("losses", losses), ("grad_norms", norms)):
-        ours, theirs = getattr(run, name), getattr(reference, name)
+    runs = {name: (getattr(run, name), getattr(reference, name)) for name in ("losses", "grad_norms")}
+    for figure in reference.figures[0] if reference.figures else ():
+        if figure.startswith("mom/"):
+            runs[figure] = tuple([figures.get(figure, float("nan")) for figures in r.figures] for r in (run, reference))
+    for name, (ours, theirs) in runs.items():
+        tolerance = losses if name == "losses" else norms
         if len(ours) != len(theirs) or not ours:
             found.append(f"{name}: {ours} is not as long as {theirs}")
-        elif any(abs(a - b) > tolerance * abs(b) for a, b in zip(ours, theirs, strict=True)):
+        elif not all(abs(a - b) <= tolerance * abs(b) for a, b in zip(ours, theirs, strict=True)):
             found.append(f"{name}: {ours} is not {theirs}")
     ours, theirs = ({k: v for k, v in r.tensors.items() if _compared(k)} for r in (run, reference))
     if ours.keys() != theirs.keys():
