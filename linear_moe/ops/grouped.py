@@ -9,10 +9,25 @@ def grouped_linear(x, weight, offsets):
 
     x [R, D]; weight [G, E, D]; offsets int32 [G], the END of every group's rows, the last one R. Returns [R, E]. On
     CUDA this is one ``torch.nn.functional.grouped_mm`` (bfloat16, float16 or float32), which never reads them back.
+    Raises ValueError for shapes that do not fit.
     """
+    if x.ndim != 2 or weight.ndim != 3 or x.shape[1] != weight.shape[2] or offsets.shape != weight.shape[:1]:
+        raise ValueError(
+            "grouped_linear: x must be [R, D], weight [G, E, D] and offsets [G], "
+            f"not {[*x.shape]}, {[*weight.shape]} and {[*offsets.shape]}"
+        )
     if x.is_cuda:
-        return F.grouped_mm(x, weight.transpose(-1, -2), offs=offsets)
+        return grouped_mm(x, weight, offsets)
     # On the CPU the offsets are free to read, and separate products also take float64 and any stride.
     ends = offsets.tolist()
     parts = [F.linear(x[start:end], w) for start, end, w in zip([0, *ends], ends, weight.unbind(0))]
     return torch.cat(parts)
+
+
+def grouped_mm(x, weight, offsets):
+    """The CUDA path of `grouped_linear`."""
+    width = weight.shape[1]
+    # Rows of 16 bytes are what the kernel loads, also of the gradient in its backward.
+    fill = -width % (16 // x.element_size())
+    y = F.grouped_mm(x, F.pad(weight, (0, 0, 0, fill)).mT, offs=offsets)
+    return y[:, :width]

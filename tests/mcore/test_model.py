@@ -69,6 +69,8 @@ def test_recompute_changes_nothing(options, seed):
     "options",
     [
         {"qk_layernorm": True},
+        {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "moe"]},
+        {"rotary_percent": 0.5, "no_rope_freq": 2},
         {"moe_shared_expert_intermediate_size": 32},
         {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
         {"normalization": "LayerNorm", "disable_bias_linear": False, "num_experts": None, "moe_ffn_hidden_size": None},

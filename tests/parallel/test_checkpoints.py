@@ -103,6 +103,15 @@ def test_optimizer_of_another_precision_is_refused(saved):
     checkpoint.check_checkpoint(arguments(saved, **changes, no_load_optim=True))
 
 
+def test_optimizer_state_that_cannot_move_is_refused(saved):
+    """Megatron's own default format, which another script may have written, is bound to its TP, PP and EP."""
+    args = arguments(saved, tensor_model_parallel_size=2)
+    stored = {"distrib_optim_sharding_type": "dp_reshardable"}
+    with pytest.raises(ValueError, match="tensor_model_parallel_size: 1 -> 2.*load the weights only: --no-load-optim"):
+        checkpoint._check_optimizer(saved, arguments(saved), args, stored)
+    checkpoint._check_optimizer(saved, arguments(saved), arguments(saved), stored)
+
+
 def test_incomplete_checkpoint_is_refused(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "one")
     args = arguments(tmp_path / "one")

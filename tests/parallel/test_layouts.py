@@ -29,6 +29,7 @@ DENSE_LAYOUTS = {  # name: (processes, flags)
     "dense-dp2": (2, DENSE),
     "dense-tp2-pp2": (4, f"{DENSE} {TP2} {PP2}"),
     "dense-tp2-dist": (4, f"{DENSE} {TP2} {DIST}"),
+    "dense-per-token": (2, f"{DENSE} --calculate-per-token-loss"),  # no token is masked, so nothing changes
 }
 MOE_LAYOUTS = {
     "moe": (1, MOE),
@@ -59,7 +60,8 @@ DROPOUT_LAYOUTS = {"dropout": (1, DROPOUT), "dropout-tp2-sp-pp2": (4, f"{DROPOUT
 EXACT = DENSE_LAYOUTS | MOE_LAYOUTS | PACKED_LAYOUTS
 LAYOUTS = EXACT | BF16_LAYOUTS | DROPOUT_LAYOUTS
 # A ring through each family: every layout's checkpoint is loaded in another layout, and every layout loads another's.
-FAMILIES = [list(family) for family in (DENSE_LAYOUTS, MOE_LAYOUTS, BF16_LAYOUTS)]
+# In bfloat16 only between layouts that compute alike: rounding decides which experts and memories are close calls.
+FAMILIES = [list(DENSE_LAYOUTS), list(MOE_LAYOUTS), ["bf16", "bf16-dist"]]
 RESHARD = [pair for family in FAMILIES for pair in zip(family, family[1:] + family[:1])]
 
 
