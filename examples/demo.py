@@ -3,9 +3,11 @@
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
 import torch
@@ -23,7 +25,7 @@ VOCABULARY = 512
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=ROOT / "demo", help="where everything is written")
-    parser.add_argument("--minutes", type=float, default=7.0, help="how long to train in all")
+    parser.add_argument("--minutes", type=int, default=7, help="how long to train in all, at least 2")
     parser.add_argument("--max-iters", type=int, default=2000, help="at most this many steps, on a fast machine")
     parser.add_argument("--processes", type=int, default=0, help="0: one a GPU, at most 2; 2 without a GPU")
     args = parser.parse_args()
@@ -34,12 +36,13 @@ def main() -> None:
         )
 
     corpus, baseline = prepare(folder)
-    print(f"\n2. Train for {args.minutes / 3:.1f} minutes, save a checkpoint, and stop", flush=True)
+    first_minutes = max(1, args.minutes // 3)
+    print(f"\n2. Train for {first_minutes} minutes, save a checkpoint, and stop", flush=True)
     started = time.monotonic()
-    train(args, folder, ["--train-iters", args.max_iters, "--exit-duration-in-mins", args.minutes / 3])
+    train(args, folder, ["--train-iters", args.max_iters, "--exit-duration-in-mins", first_minutes])
     first = int((checkpoints / "latest_checkpointed_iteration.txt").read_text())
     speed = first / (time.monotonic() - started)
-    total = min(args.max_iters, first + int(speed * 60 * args.minutes * 2 / 3))
+    total = min(args.max_iters, first + int(speed * 60 * (args.minutes - first_minutes)))
     print(f"\n3. Resume from iteration {first} and train to {total}", flush=True)
     if total > first:
         train(args, folder, ["--train-iters", total, "--override-opt-param-scheduler"])
@@ -84,7 +87,7 @@ def prepare(folder: Path):
 
 
 def train(args, folder: Path, flags: list) -> None:
-    """examples/pretrain.py under torchrun, in as many processes as the machine has use for."""
+    """examples/pretrain.py under torchrun, in as many processes as the machine has use for; its output to train.log."""
     gpus = torch.cuda.device_count()
     processes = args.processes or (min(gpus, 2) if gpus else 2)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
@@ -94,7 +97,23 @@ def train(args, folder: Path, flags: list) -> None:
     command += ["--save", folder / "checkpoints", "--load", folder / "checkpoints", "--save-interval", 100000]
     command += ["--expert-model-parallel-size", processes, *(["--bf16"] if gpus else []), *flags]
     threads = str(max(1, (os.cpu_count() or 1) // processes))
-    subprocess.run(list(map(str, command)), check=True, env=os.environ | {"OMP_NUM_THREADS": threads})
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
+    last = deque(maxlen=40)
+    with (
+        open(folder / "train.log", "a") as log,
+        subprocess.Popen(
+            list(map(str, command)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as child,
+    ):
+        for line in child.stdout:
+            log.write(line)
+            last.append(line)
+            if step := re.search(r"iteration +(\d+)/.*lm loss: (\S+)", line):
+                print(f"   iteration {step[1]}: loss {float(step[2]):.4f}", flush=True)
+            elif re.match(r" tokens/s| validation loss at|.*(loading|saving) checkpoint", line):
+                print("     ", line.strip(" |\n"), flush=True)
+    if child.returncode:
+        sys.exit(f"{''.join(last)}\ntraining failed with exit code {child.returncode}; all it said: {folder}/train.log")
 
 
 if __name__ == "__main__":  # tokenizing and checkpointing start this module again in processes of their own

@@ -22,6 +22,7 @@ from linear_moe.ssm import MIXERS, mixer_class
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add our flags to a Megatron parser; give it to Megatron as ``extra_args_provider``."""
+    parser.usage = "%(prog)s [--config FILE.yaml] [flags of Megatron and of linear_moe]"  # all 700 would hide an error
     group = parser.add_argument_group("linear_moe")
     group.add_argument(
         "--mixer",

@@ -107,7 +107,7 @@ def test_optimizer_state_that_cannot_move_is_refused(saved):
     """Megatron's own default format, which another script may have written, is bound to its TP, PP and EP."""
     args = arguments(saved, tensor_model_parallel_size=2)
     stored = {"distrib_optim_sharding_type": "dp_reshardable"}
-    with pytest.raises(ValueError, match="tensor_model_parallel_size: 1 -> 2.*load the weights only: --no-load-optim"):
+    with pytest.raises(ValueError, match=r"tensor_model_parallel_size: 1 -> 2.*load the weights only: --no-load-optim"):
         checkpoint._check_optimizer(saved, arguments(saved), args, stored)
     checkpoint._check_optimizer(saved, arguments(saved), arguments(saved), stored)
 
