@@ -4,9 +4,9 @@ import argparse
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
-import time
 from collections import deque
 from pathlib import Path
 
@@ -19,57 +19,69 @@ from linear_moe.evaluation.plots import plot_loss, plot_memories, read_scalars
 from linear_moe.mcore.preprocess import load_documents, preprocess
 
 ROOT = Path(__file__).resolve().parents[1]
-VOCABULARY = 512
+VOCABULARY, SEQUENCE, BATCH = 512, 256, 16  # the last two as in demo.yaml
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=ROOT / "demo", help="where everything is written")
-    parser.add_argument("--minutes", type=int, default=7, help="how long to train in all, at least 2")
+    parser.add_argument("--minutes", type=int, default=6, help="how long to train in all, at least 2")
     parser.add_argument("--max-iters", type=int, default=2000, help="at most this many steps, on a fast machine")
     parser.add_argument("--processes", type=int, default=0, help="0: one a GPU, at most 2; 2 without a GPU")
     args = parser.parse_args()
-    folder, checkpoints, logs = args.folder, args.folder / "checkpoints", args.folder / "tensorboard"
-    if (checkpoints / "latest_checkpointed_iteration.txt").exists():
-        sys.exit(
-            f"{checkpoints} holds a finished demo: remove {folder} (or its checkpoints and tensorboard) to train anew"
-        )
-
+    folder, plan = args.folder, args.folder / "iterations.txt"
     corpus, baseline = prepare(folder)
-    first_minutes = max(1, args.minutes // 3)
-    print(f"\n2. Train for {first_minutes} minutes, save a checkpoint, and stop", flush=True)
-    started = time.monotonic()
-    train(args, folder, ["--train-iters", args.max_iters, "--exit-duration-in-mins", first_minutes])
-    first = int((checkpoints / "latest_checkpointed_iteration.txt").read_text())
-    speed = first / (time.monotonic() - started)
-    total = min(args.max_iters, first + int(speed * 60 * (args.minutes - first_minutes)))
-    print(f"\n3. Resume from iteration {first} and train to {total}", flush=True)
-    if total > first:
-        train(args, folder, ["--train-iters", total, "--override-opt-param-scheduler"])
+    data_flags = ["--eval-iters", (corpus["tokens"] - 1) // SEQUENCE // BATCH]  # all validation tokens, once
 
+    if not iteration(folder):
+        minutes = max(1, args.minutes // 3)
+        print(f"\n2. Train for {minutes} minutes, save a checkpoint, and stop", flush=True)
+        train(args, folder, [*data_flags, "--train-iters", args.max_iters, "--exit-duration-in-mins", minutes])
+        seconds = 60 * (args.minutes - minutes)
+        steps = int(seconds * tokens_per_second(folder) / (SEQUENCE * BATCH))
+        plan.write_text(str(min(args.max_iters, iteration(folder) + steps)))
+    total = int(plan.read_text()) if plan.exists() else args.max_iters
+    if iteration(folder) < total:
+        print(f"\n3. Resume from iteration {iteration(folder)} and train to {total}", flush=True)
+        train(args, folder, [*data_flags, "--train-iters", total, "--override-opt-param-scheduler"])
+    sys.exit(show(folder, corpus, baseline))
+
+
+def iteration(folder: Path) -> int:
+    """Of the last checkpoint; 0 if there is none."""
+    tracker = folder / "checkpoints" / "latest_checkpointed_iteration.txt"
+    return int(tracker.read_text()) if tracker.exists() else 0
+
+
+def tokens_per_second(folder: Path) -> float:
+    return statistics.median(read_scalars(folder / "tensorboard")["tokens-per-second"][1])
+
+
+def show(folder: Path, corpus: dict, baseline) -> int:
+    """Pictures, numbers and what to try next; the exit status: 0 if the model is better than the bigram."""
     print("\n4. Look at it")
-    scalars = read_scalars(logs)
-    loss = float(scalars["lm loss validation"][1][-1])
-    tokens_per_second = scalars["tokens-per-second"][1]
+    logs = folder / "tensorboard"
+    loss = float(read_scalars(logs)["lm loss validation"][1][-1])
     plot_loss(logs, folder / "loss.png", baseline=baseline.nats_per_token)
     plot_memories(logs, folder / "memories.png")
     for name, nats in (("smoothed bigram", baseline.nats_per_token), ("this model", loss)):
         bits = bits_per_byte(nats, corpus["tokens"], corpus["bytes"])
         print(f"   {name:16s} {nats:.4f} nats a token, {bits:.3f} bits per byte on the validation files")
-    print(f"   {sorted(tokens_per_second)[len(tokens_per_second) // 2]:.0f} tokens/s (median)")
-    print(f"   loss curve: {folder / 'loss.png'}\n   what each memory received: {folder / 'memories.png'}")
-    print(f"   TensorBoard: {Path(sys.executable).parent / 'tensorboard'} --logdir {logs}")
-    verdict = "below" if loss < baseline.nats_per_token else "NOT below"
-    print(f"   The validation loss is {verdict} the bigram's.")
+    better = loss < baseline.nats_per_token
     print(
-        "\nTry next: another mixer or no MoM at all, in a folder of its own\n"
-        "   torchrun --nproc-per-node 2 examples/pretrain.py --config examples/configs/demo.yaml \\\n"
-        f"     --train-data-path {folder}/train --valid-data-path {folder}/valid --tokenizer-model {folder}/bpe \\\n"
-        "     --train-iters 300 --mixer gla --mom-memories 0\n"
-        "your own text: tools/preprocess_data.py --help; all flags: examples/pretrain.py --help"
+        f"   The validation loss is {'' if better else 'NOT '}below the bigram's.\n"
+        f"   {tokens_per_second(folder):.0f} tokens/s (median)\n"
+        f"   loss curve: {folder / 'loss.png'}\n   what each memory received: {folder / 'memories.png'}\n"
+        f"   TensorBoard: {Path(sys.executable).parent / 'tensorboard'} --logdir {logs}\n\n"
+        "Try next: another mixer, or no MoM at all\n"
+        f"   {Path(sys.executable).parent / 'torchrun'} --nproc-per-node 2 examples/pretrain.py \\\n"
+        f"     --config examples/configs/demo.yaml --tokenizer-model {folder}/bpe \\\n"
+        f"     --train-data-path {folder}/train --valid-data-path {folder}/valid \\\n"
+        "     --train-iters 200 --mixer gla --mom-memories 0\n"
+        "your own text: tools/preprocess_data.py --help; all flags: examples/pretrain.py --help\n"
+        f"this demo once more: remove {folder}"
     )
-    if loss >= baseline.nats_per_token:
-        sys.exit(1)
+    return 0 if better else 1
 
 
 def prepare(folder: Path):
@@ -86,24 +98,29 @@ def prepare(folder: Path):
     return counts, baseline
 
 
-def train(args, folder: Path, flags: list) -> None:
-    """examples/pretrain.py under torchrun, in as many processes as the machine has use for; its output to train.log."""
+def command(args, folder: Path, flags: list) -> list[str]:
+    """examples/pretrain.py under torchrun, in as many processes as the machine has use for."""
     gpus = torch.cuda.device_count()
     processes = args.processes or (min(gpus, 2) if gpus else 2)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    command += [ROOT / "examples" / "pretrain.py", "--config", ROOT / "examples" / "configs" / "demo.yaml"]
-    command += ["--train-data-path", folder / "train", "--valid-data-path", folder / "valid"]
-    command += ["--tokenizer-model", folder / "bpe", "--tensorboard-dir", folder / "tensorboard"]
-    command += ["--save", folder / "checkpoints", "--load", folder / "checkpoints", "--save-interval", 100000]
-    command += ["--expert-model-parallel-size", processes, *(["--bf16"] if gpus else []), *flags]
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    words += [ROOT / "examples" / "pretrain.py", "--config", ROOT / "examples" / "configs" / "demo.yaml"]
+    words += ["--train-data-path", folder / "train", "--valid-data-path", folder / "valid"]
+    words += ["--tokenizer-model", folder / "bpe", "--tensorboard-dir", folder / "tensorboard"]
+    words += ["--save", folder / "checkpoints", "--load", folder / "checkpoints", "--save-interval", 100000]
+    words += ["--expert-model-parallel-size", processes, *(["--bf16"] if gpus else []), *flags]
+    return list(map(str, words))
+
+
+def train(args, folder: Path, flags: list) -> None:
+    """Run `command`: its progress is shown, all of its output goes to train.log."""
+    words = command(args, folder, flags)
+    processes = int(words[words.index("--nproc-per-node") + 1])
     threads = str(max(1, (os.cpu_count() or 1) // processes))
     environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
     last = deque(maxlen=40)
     with (
         open(folder / "train.log", "a") as log,
-        subprocess.Popen(
-            list(map(str, command)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as child,
+        subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child,
     ):
         for line in child.stdout:
             log.write(line)

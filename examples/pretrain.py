@@ -6,10 +6,11 @@ command line override them. --help lists all.
 
 import sys
 
-from linear_moe.mcore.pretrain import main
+from linear_moe.mcore.pretrain import prepare, train
 
 if __name__ == "__main__":  # checkpoint writers start this module again in processes of their own
     try:
-        main()
+        args = prepare(sys.argv[1:])
     except ValueError as error:
         sys.exit(f"error: {error}")
+    train(args)

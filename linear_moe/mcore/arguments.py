@@ -7,6 +7,7 @@ import difflib
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
@@ -38,7 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="one letter a layer, L (linear mixer) or N (softmax attention), repeated to --num-layers, such as LLLN",
     )
     group.add_argument("--mom-memories", type=int, default=0, help="memories of Mixture-of-Memories; 0: none")
-    group.add_argument("--mom-topk", type=int, default=2, help="memories that each token is routed to")
+    group.add_argument(
+        "--mom-topk",
+        type=int,
+        default=2,
+        help="memories that each token is routed to; with 1 the router learns from its own losses only",
+    )
     group.add_argument(
         "--mom-shared-memory",
         action=argparse.BooleanOptionalAction,
@@ -55,11 +61,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def _local_defaults() -> dict:
-    """Where Transformer Engine is not installed: local layers, and none of the fusions that need it or apex."""
-    if HAVE_TE:
-        return {}
-    fusions = ("gradient_accumulation_fusion", "masked_softmax_fusion", "apply_rope_fusion")
-    return {"transformer_impl": "local", "no_persist_layer_norm": True, **dict.fromkeys(fusions, False)}
+    """None of the fusions whose package is not installed; without Transformer Engine, local layers."""
+    found = {}
+    if find_spec("fused_weight_gradient_mlp_cuda") is None:  # part of apex
+        found["gradient_accumulation_fusion"] = False
+    if not HAVE_TE:
+        fusions = ("masked_softmax_fusion", "apply_rope_fusion")
+        found |= {"transformer_impl": "local", "no_persist_layer_norm": True, **dict.fromkeys(fusions, False)}
+    return found
 
 
 def _json_object(text: str) -> dict:
@@ -83,7 +92,8 @@ def layer_options(args) -> LayerOptions:
     """
     pattern = expand_pattern(args.layer_pattern, args.num_layers)
     mixer = mixer_class(args.mixer)
-    mixer_config = mixer.make_config(args.hidden_size, args.num_attention_heads, args.mixer_args)
+    given = {"norm_eps": args.layernorm_epsilon, **args.mixer_args}
+    mixer_config = mixer.make_config(args.hidden_size, args.num_attention_heads, given)
     mom = None
     if args.mom_memories:
         mom = MoMConfig(
@@ -110,8 +120,15 @@ def check_arguments(args) -> None:
         )
     tp = args.tensor_model_parallel_size
     heads = {"num_attention_heads": args.num_attention_heads}
-    if args.group_query_attention:
-        heads["num_query_groups"] = args.num_query_groups
+    if args.kv_channels is None and args.hidden_size % args.num_attention_heads:
+        raise ValueError(
+            f"hidden_size ({args.hidden_size}) must be divisible by num_attention_heads ({args.num_attention_heads})"
+        )
+    if args.group_query_attention and args.num_query_groups % tp and tp % args.num_query_groups:
+        raise ValueError(
+            f"num_query_groups ({args.num_query_groups}) must be a multiple or a divisor of "
+            f"tensor_model_parallel_size ({tp})"
+        )
     if "L" in options.pattern:
         heads["mixer option num_heads"] = options.mixer_config.num_heads
         heads["mixer option num_value_heads"] = options.mixer_config.num_value_heads
@@ -135,6 +152,7 @@ def check_arguments(args) -> None:
     if args.mtp_num_layers:
         raise ValueError(f"mtp_num_layers ({args.mtp_num_layers}) must be 0: it is not supported yet")
     interleaved = args.num_layers_per_virtual_pipeline_stage or args.num_virtual_stages_per_pipeline_rank
+    interleaved = interleaved or getattr(args, "virtual_pipeline_model_parallel_size", None)
     if interleaved and not args.overlap_p2p_comm:
         raise ValueError(
             "the interleaved pipeline schedule needs overlapped p2p communication (batched p2p gives wrong gradients): "
@@ -149,6 +167,8 @@ def check_arguments(args) -> None:
     missing_te = {"layernorm", "moe_act"} & set(args.recompute_modules or ())
     if args.transformer_impl == "local" and args.recompute_granularity == "selective" and missing_te:
         raise ValueError(f"recompute_modules {sorted(missing_te)} need --transformer-impl transformer_engine")
+    if args.fp8 and "layernorm" in missing_te and "L" in options.pattern:
+        raise ValueError("recompute_modules layernorm with fp8 is for softmax layers only; the pattern has linear ones")
     moe_layers(argparse.Namespace(**{**vars(args), "num_moe_experts": args.num_experts}))
 
 
@@ -222,9 +242,7 @@ def expand_argv(argv: list[str]) -> list[str]:
     pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     pre.add_argument("--config")
     known, rest = pre.parse_known_args(argv)
-    if known.config is None:
-        return rest
-    flags = config_argv(read_config(known.config), known.config)
+    flags = config_argv(read_config(known.config), known.config) if known.config else []
     actions = _actions()
     for taken_back in [flag for flag in rest if flag.startswith("--no-") and flag not in actions]:
         flag = "--" + taken_back.removeprefix("--no-")

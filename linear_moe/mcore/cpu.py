@@ -20,13 +20,16 @@ _enabled = False
 
 
 def enable_cpu() -> bool:
-    """Make Megatron run on the CPU. Idempotent; returns False, and changes nothing, where CUDA is available."""
+    """Make Megatron run on the CPU. Idempotent; returns False where CUDA is available.
+
+    On any machine a single process can then start without torchrun.
+    """
     global _enabled
+    ensure_rendezvous()
     if torch.cuda.is_available():
         return False
     if not _enabled:
         _enabled = True
-        ensure_rendezvous()
         # Megatron asserts this for TP; it orders kernels on a GPU older than Blackwell and means nothing here.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         # mcore decorates small functions with torch.compile; on CPU that costs minutes of C++ compilation for nothing.

@@ -51,7 +51,8 @@ def _softmax(args) -> tuple[int, int]:
         return 2 * (q + kv + heads * v_head * hidden), 2 * heads * (q_head + v_head)
     groups = args.num_query_groups if args.group_query_attention else heads
     width = args.kv_channels
-    return 2 * hidden * width * (2 * heads + 2 * groups), 4 * heads * width
+    gated = heads if args.attention_output_gate else 0
+    return 2 * hidden * width * (2 * heads + 2 * groups + gated), 4 * heads * width
 
 
 def _mixer(hidden: int, options) -> int:
@@ -74,7 +75,7 @@ def _mixer(hidden: int, options) -> int:
 
 def _feed_forward(args, is_moe: bool) -> int:
     """Forward operations a token of a feed-forward layer."""
-    matrices = 3 if args.swiglu else 2
+    matrices = 3 if args.swiglu or args.quick_geglu else 2
     if not is_moe:
         return 2 * matrices * args.hidden_size * args.ffn_hidden_size
     width = (args.moe_ffn_hidden_size or args.ffn_hidden_size) * args.moe_router_topk

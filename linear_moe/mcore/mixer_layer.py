@@ -83,7 +83,7 @@ class MixerLayer(MegatronModule):
             self.router = Router(config.hidden_size, mom.memories, mom.topk, **factory)
             telemetry.sums.pop(layer_number, None)  # figures of an earlier model in this process
         if config.perform_initialization:
-            self.core.reset_parameters(config.init_method)
+            self.core.initialize(config.init_method)
             if mom:
                 config.init_method(self.router.weight)
         sharded = self.core.sharded_axes()
@@ -141,7 +141,7 @@ class MixerLayer(MegatronModule):
         cu_seqlens = packed_cu_seqlens(packed_seq_params)
         routes = None
         if self.mom:
-            routing = self.router(x.flatten(0, 1), self._replicated(self.router.weight))
+            routing = self.router(x.flatten(0, 1), self._replicated)
             if self.training and torch.is_grad_enabled():  # once, also under activation recomputation
                 telemetry.record(self.layer_number, routing)
             scale = self._loss_scale(x.shape[0] * x.shape[1])

@@ -37,7 +37,11 @@ def model_config(args) -> GPTModelConfig:
     Also prepares Megatron's checkpoints for them (``checkpoint.patch_megatron``), so call it before training starts.
     With ``--use-cpu-initialization`` every parameter starts as a function of its name and ``--seed`` alone, whatever
     the parallel layout.
+
+    Raises:
+        ValueError: arguments that do not fit together (see ``check_arguments``).
     """
+    check_arguments(args)
     patch_megatron()
     config = gpt_config_from_args(args)
     options = layer_options(args)

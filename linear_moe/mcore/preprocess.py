@@ -10,6 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from linear_moe.data.text import find_files, iterate_documents
@@ -109,12 +113,13 @@ class DatasetInfo:
     epochs: float
 
 
-def check_dataset(prefix: str | Path, sequence_length: int, samples: int = 0) -> DatasetInfo:
+def check_dataset(prefix: str | Path, sequence_length: int, samples: int = 0, split: str | None = None) -> DatasetInfo:
     """Check that Megatron can train on `<prefix>.bin` and `<prefix>.idx`. Reads the index, not the tokens.
 
     sequence_length: tokens a sample. samples: how many samples are wanted (more than there are means repetition).
-    Raises ValueError for a missing, truncated or damaged file, for files that do not belong together, and for fewer
-    than sequence_length + 1 tokens.
+    split: Megatron's ``--split``, by which it cuts the file into train, validation and test sets of whole documents.
+    Raises ValueError for a missing, truncated or damaged file, for files that do not belong together, for fewer than
+    sequence_length + 1 tokens, and for a split whose share is not a single token (Megatron would wait for it forever).
     """
     idx, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     for path in (idx, data):
@@ -154,6 +159,15 @@ def check_dataset(prefix: str | Path, sequence_length: int, samples: int = 0) ->
             f"{prefix} is too small: {tokens} tokens, and one sample takes {sequence_length + 1} "
             f"(sequence length {sequence_length} + 1); give more text or a shorter sequence length"
         )
+    if split is not None:
+        shares = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
+        for name, share in zip(("train", "validation", "test"), shares):
+            if share and not lengths[slice(*(round(end * float(sequences)) for end in share))].any():
+                raise ValueError(
+                    f"--split {split} leaves nothing of {prefix} for the {name} set: it cuts between documents, and "
+                    f"there are {boundaries - 1}; give more documents, another --split, or files of their own "
+                    "(--train-data-path, --valid-data-path)"
+                )
     return DatasetInfo(boundaries - 1, tokens, samples * sequence_length / tokens)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import traceback
+from importlib.util import find_spec
 
 import torch
 from megatron.core import mpu
@@ -47,19 +49,35 @@ stimer = StragglerDetector()
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train what the flags say: ``--config file.yaml`` and any flag of Megatron's or ours.
+    """Train what the flags say: ``--config file.yaml`` and any flag of Megatron's or ours."""
+    train(prepare(sys.argv[1:] if argv is None else argv))
+
+
+def prepare(argv: list[str]):
+    """Megatron's arguments from the flags, checked.
 
     Raises:
         ValueError: arguments, data or a checkpoint that cannot work, before anything is built.
     """
     enable_cpu()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it under tensor parallelism
-    set_argv(expand_argv(sys.argv[1:] if argv is None else argv))
+    set_argv(expand_argv(argv))
     early = parse_args(add_arguments)
     check_arguments(early)
     check_data(early)
-    args = parse_and_validate_args(add_arguments, args_defaults={"tokenizer_type": "HuggingFaceTokenizer"})
+    if early.tokenizer_type in (None, "HuggingFaceTokenizer") and find_spec("transformers") is None:
+        raise ValueError("Hugging Face tokenizers need the extra `data`: pip install 'linear-moe[data]'")
+    try:
+        args = parse_and_validate_args(add_arguments, args_defaults={"tokenizer_type": "HuggingFaceTokenizer"})
+    except AssertionError as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        raise ValueError(f"Megatron refuses these arguments: {error or where.line}") from error
     check_checkpoint(args)
+    return args
+
+
+def train(args) -> None:
+    """Megatron's training loop over our layers, for arguments from ``prepare``."""
     install_telemetry()
     datasets_provider.is_distributed = True
     pretrain(
@@ -78,13 +96,18 @@ def check_data(args) -> None:
     """
     if args.mock_data or args.sft:
         return
-    paths = [args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path]
-    if not any(paths) and not args.data_args_path and not args.per_split_data_args_path:
+    paths = {
+        "cut": args.data_path,  # by --split
+        "train": args.train_data_path,
+        "valid": args.valid_data_path,
+        "test": args.test_data_path,
+    }
+    if not any(paths.values()) and not args.data_args_path and not args.per_split_data_args_path:
         raise ValueError("no data: give --data-path PREFIX (tools/preprocess_data.py makes one) or --mock-data")
-    for words in filter(None, paths):
-        for word in words:
+    for kind, words in paths.items():
+        for word in words or ():
             if not _is_weight(word):
-                check_dataset(word, args.seq_length)
+                check_dataset(word, args.seq_length, split=(args.split or "969, 30, 1") if kind == "cut" else None)
 
 
 def _is_weight(word: str) -> bool:
@@ -248,12 +271,13 @@ def install_telemetry() -> None:
         tokens_per_second = _tokens_per_second(args, total_loss_dict) if iteration % args.log_interval == 0 else None
         result = log(loss_dict, total_loss_dict, learning_rate, iteration, *rest, **kwargs)
         figures = {} if tokens_per_second is None else {"tokens-per-second": tokens_per_second}
-        if args.mom_memories and iteration % args.tensorboard_log_interval == 0:
+        written = (args.tensorboard_dir or args.wandb_project) and iteration % args.tensorboard_log_interval == 0
+        if args.mom_memories and (written or tokens_per_second is not None):  # alike on all ranks: they reduce together
             figures |= _memory_figures(args)
         _write(figures, iteration)
         if tokens_per_second is not None:
             text = f" tokens/s: {tokens_per_second:.0f} |"
-            if args.log_throughput:
+            if args.log_throughput and not _packed():
                 flops = training_flops(args, 1) / args.seq_length * tokens_per_second
                 text += f" TFLOP/s of all processes: {flops / 1e12:.4g} |"
             if "mom/balance_loss" in figures:

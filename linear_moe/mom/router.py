@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -33,9 +34,9 @@ class Router(nn.Module):
         self.memories, self.topk = memories, topk
         self.weight = nn.Parameter(torch.empty(memories, hidden_size, **factory))
 
-    def forward(self, x: Tensor, weight: Tensor | None = None) -> Routing:
-        """x ``[N, D]`` -> Routing. weight: used in place of the module's own (a view that sums its gradient)."""
-        logits = nn.functional.linear(x, self.weight if weight is None else weight)
+    def forward(self, x: Tensor, replicated: Callable[[Tensor], Tensor] = lambda parameter: parameter) -> Routing:
+        """x ``[N, D]`` -> Routing. replicated: applied to the weight, so that a parallel layer can sum its gradient."""
+        logits = nn.functional.linear(x, replicated(self.weight))
         weights, indices, probabilities = topk_router(logits, self.topk)
         logits = logits.to(probabilities.dtype)
         tokens = max(len(x), 1)

@@ -8,7 +8,7 @@ def grouped_linear(x, weight, offsets):
     """Row r of group m becomes ``x[r] @ weight[m].T``.
 
     x [R, D]; weight [G, E, D]; offsets int32 [G], the END of every group's rows, the last one R. Returns [R, E]. On
-    CUDA this is one ``torch.nn.functional.grouped_mm`` (bfloat16, float16 or float32), which never reads them back.
+    CUDA this is one ``torch.nn.functional.grouped_mm``, which in bfloat16 on Hopper or newer reads nothing back.
     Raises ValueError for shapes that do not fit.
     """
     if x.ndim != 2 or weight.ndim != 3 or x.shape[1] != weight.shape[2] or offsets.shape != weight.shape[:1]:
@@ -26,8 +26,10 @@ def grouped_linear(x, weight, offsets):
 
 def grouped_mm(x, weight, offsets):
     """The CUDA path of `grouped_linear`."""
-    width = weight.shape[1]
+    _, width, depth = weight.shape
     # Rows of 16 bytes are what the kernel loads, also of the gradient in its backward.
-    fill = -width % (16 // x.element_size())
-    y = F.grouped_mm(x, F.pad(weight, (0, 0, 0, fill)).mT, offs=offsets)
+    fill, deepen = (-size % (16 // x.element_size()) for size in (width, depth))
+    y = F.grouped_mm(F.pad(x, (0, deepen)), F.pad(weight, (0, deepen, 0, fill)).mT, offs=offsets)
+    if y.requires_grad:
+        y.register_hook(torch.Tensor.contiguous)  # its backward takes no expanded gradient, such as a sum's
     return y[:, :width]

@@ -59,6 +59,18 @@ class FusedProjection(nn.Module):
         return out
 
 
+class Parameters(nn.Module):
+    """Named parameters that are called for: Megatron waits for a gathered parameter before its module's forward."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter]):
+        super().__init__()
+        for name, parameter in parameters.items():
+            self.register_parameter(name, parameter)
+
+    def forward(self) -> dict[str, Tensor]:
+        return dict(self.named_parameters())
+
+
 class MixerCore(nn.Module):
     """A mixer over the heads of one shard: ``[B, T, D]`` -> ``[B, T, local HV * V]``, before the output projection.
 
@@ -97,19 +109,27 @@ class MixerCore(nn.Module):
         self.tokens = self._fused([n for n in self.specs if n not in per_memory], hidden_size, 0, factory)
         self.rows = self._fused(sorted(per_memory, key=list(self.specs).index), hidden_size, memories, factory)
 
-        self.heads = nn.ParameterDict()  # sharded along their first dimension
         self.constants: dict[str, Tensor] = {}
+        self.head_shapes: dict[str, tuple[int, ...]] = {}
+        heads: dict[str, nn.Parameter] = {}
+
+        def add(name, shape, initializer):
+            heads[name] = nn.Parameter(torch.empty(shape[0] // shards, *shape[1:], **factory))
+            heads[name].initializer = initializer  # fills the whole parameter, of all shards, in place
+
         for name, parameter in mixer.parameters_per_head().items():
+            value = parameter.init(mixer.heads(parameter.per))
             if parameter.trainable:
-                shape = parameter.init(mixer.heads(parameter.per)).shape
-                self._add_head_parameter(name, shape, partial(_fill, parameter.init), factory)
+                self.head_shapes[name] = (value.shape[0] // shards, *value.shape[1:])
+                # Flat, because optimizers decay what has two dimensions, and none of these is a matrix.
+                add(name, (value.numel(),), partial(_fill, parameter.init, len(value)))
             else:
-                self.constants[name] = self._cut(parameter.init(mixer.heads(parameter.per))).to(device)
+                self.constants[name] = self._cut(value).to(device)
         for name, spec in self.specs.items():
             if spec.conv and mixer.config.conv_size:
-                shape = (spec.width * mixer.heads(spec.per), mixer.config.conv_size)
-                self._add_head_parameter(f"conv_{name}", shape, _fill_conv, factory)
-        self.shared = nn.ParameterDict(
+                add(f"conv_{name}", (spec.width * mixer.heads(spec.per), mixer.config.conv_size), _fill_conv)
+        self.heads = Parameters(heads)  # sharded along their first dimension
+        self.shared = Parameters(
             {name: nn.Parameter(init().to(**factory)) for name, init in mixer.shared_parameters().items()}
         )
 
@@ -119,11 +139,6 @@ class MixerCore(nn.Module):
         sections = {n: self.specs[n].width * self.mixer.heads(self.specs[n].per) for n in names}
         ranks = {n: self.specs[n].low_rank for n in names if self.specs[n].low_rank}
         return FusedProjection(hidden_size, sections, ranks, copies, self.shards, **factory)
-
-    def _add_head_parameter(self, name, shape, initializer, factory) -> None:
-        parameter = nn.Parameter(torch.empty(shape[0] // self.shards, *shape[1:], **factory))
-        parameter.initializer = initializer  # fills the whole parameter, of all shards, in place
-        self.heads[name] = parameter
 
     def _cut(self, full: Tensor, axis: int = 0) -> Tensor:
         return full.chunk(self.shards, axis)[self.shard]
@@ -136,7 +151,7 @@ class MixerCore(nn.Module):
         return self
 
     @torch.no_grad()
-    def reset_parameters(self, init_method: Callable[[Tensor], object]) -> None:
+    def initialize(self, init_method: Callable[[Tensor], object]) -> None:
         """Draw whole weights and keep this shard's part, so that initial values do not depend on the sharding.
 
         init_method fills a tensor in place; it is used for the projections.
@@ -159,16 +174,16 @@ class MixerCore(nn.Module):
                     full = torch.empty(*lead, up.shape[-2] * self.shards, up.shape[-1], **like)
                     init_method(full)
                     up.copy_(self._cut(full, fused.axis))
-        for parameter in self.heads.values():
+        for parameter in self.heads.parameters():
             full = torch.empty(parameter.shape[0] * self.shards, *parameter.shape[1:])
             parameter.initializer(full)
             parameter.copy_(self._cut(full))
-        for name, init in self.mixer.shared_parameters().items():
-            self.shared[name].copy_(init())
+        for name, parameter in self.shared.named_parameters():
+            parameter.copy_(self.mixer.shared_parameters()[name]())
 
     def sharded_axes(self) -> dict[str, int]:
         """Parameter name -> the axis that is cut over the shards; every other parameter is replicated."""
-        axes = {f"heads.{name}": 0 for name in self.heads}
+        axes = {f"heads.{name}": 0 for name, _ in self.heads.named_parameters()}
         for part, fused in (("tokens", self.tokens), ("rows", self.rows)):
             if fused is not None:
                 axes[f"{part}.weight"] = fused.axis
@@ -183,6 +198,7 @@ class MixerCore(nn.Module):
     def forward(self, x: Tensor, *, routes: Routes | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """x ``[B, T, D]``; routes: to which memories its tokens go; cu_seqlens: int32 ``[N + 1]``, then B is 1."""
         B, T, _ = x.shape
+        heads = self.heads()
         positions = sequence_positions(B, T, cu_seqlens, x.device)
         operands = self.tokens(x, self.replicated)
         gate = operands.pop("gate", None)
@@ -192,8 +208,9 @@ class MixerCore(nn.Module):
                 rows = self.rows(gather(x.flatten(0, 1), routes), self.replicated, routes.memory_offsets)
                 operands |= {name: value.unsqueeze(0) for name, value in rows.items()}
             positions, cu_seqlens = positions.flatten()[routes.token].unsqueeze(0), routes.cu_seqlens
-        operands = {name: self._operand(name, value, cu_seqlens) for name, value in operands.items()}
-        p = {name: self.replicated(value) for name, value in self.shared.items()} | dict(self.heads) | self.constants
+        operands = {name: self._operand(name, value, heads, cu_seqlens) for name, value in operands.items()}
+        p = {name: self.replicated(value) for name, value in self.shared().items()} | self.constants
+        p |= {name: heads[name].view(shape) for name, shape in self.head_shapes.items()}
         o, _ = self.mixer.recur(
             **operands, p=p, state=None, return_state=False, cu_seqlens=cu_seqlens, positions=positions
         )
@@ -203,17 +220,17 @@ class MixerCore(nn.Module):
             gate = gate.unflatten(-1, (-1, self.specs["gate"].width))
         return self.mixer.output(o, gate, p).flatten(2)
 
-    def _operand(self, name: str, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    def _operand(self, name: str, x: Tensor, heads: dict[str, Tensor], cu_seqlens: Tensor | None) -> Tensor:
         spec: Projection = self.specs[name]
         if spec.conv and self.mixer.config.conv_size:
-            x, _ = short_conv(x, self.heads[f"conv_{name}"], activation=spec.activation, cu_seqlens=cu_seqlens)
+            x, _ = short_conv(x, heads[f"conv_{name}"], activation=spec.activation, cu_seqlens=cu_seqlens)
         elif spec.activation:
             x = F.silu(x)
         return x.unflatten(-1, (-1, spec.width))
 
 
-def _fill(init: Callable[[int], Tensor], tensor: Tensor) -> None:
-    tensor.copy_(init(len(tensor)))
+def _fill(init: Callable[[int], Tensor], heads: int, tensor: Tensor) -> None:
+    tensor.copy_(init(heads).flatten())
 
 
 def _fill_conv(tensor: Tensor) -> None:

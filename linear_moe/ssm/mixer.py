@@ -139,6 +139,11 @@ class Mixer:
         heads = options.get("num_heads", num_attention_heads)
         if heads < 1 or hidden_size < heads:
             raise ValueError(f"num_heads ({heads}) must be between 1 and the hidden size ({hidden_size})")
+        if hidden_size % heads and not {"head_dim", "value_head_dim"} <= options.keys():
+            raise ValueError(
+                f"hidden_size ({hidden_size}) must be divisible by num_heads ({heads}), "
+                "unless head_dim and value_head_dim are given"
+            )
         return cls.Config(**{**cls.default_options(hidden_size, heads), **options})
 
     def heads(self, per: PER) -> int:

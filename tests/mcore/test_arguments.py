@@ -114,8 +114,8 @@ def test_patterns():
             r"num_attention_heads \(4\) must be divisible by tensor_model_parallel_size \(3\)",
         ),
         (
-            "--tensor-model-parallel-size 2 --group-query-attention --num-query-groups 1",
-            r"num_query_groups \(1\) must be divisible by tensor_model_parallel_size \(2\)",
+            "--tensor-model-parallel-size 2 --group-query-attention --num-query-groups 3",
+            r"num_query_groups \(3\) must be a multiple or a divisor of tensor_model_parallel_size \(2\)",
         ),
         (
             '--tensor-model-parallel-size 4 --mixer-args {"num_heads":2}',

@@ -175,6 +175,15 @@ def test_damage_is_found_before_megatron_starts(whole, tmp_path, damage, message
         check_dataset(prefix, 64)
 
 
+def test_a_split_without_a_document_is_refused(whole):
+    """Megatron would look for its first token forever."""
+    prefix, corpus = whole
+    check_dataset(prefix, 8, split="98,2,0")
+    share = 100 / corpus.documents
+    with pytest.raises(ValueError, match=r"leaves nothing of .* for the validation set"):
+        check_dataset(prefix, 8, split=f"{100 - share / 3},{share / 3},0")
+
+
 def test_too_small_a_corpus_is_refused_at_the_exact_size(whole):
     prefix, corpus = whole
     assert check_dataset(prefix, corpus.tokens - 1, samples=2).documents == corpus.documents

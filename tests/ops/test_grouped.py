@@ -10,15 +10,15 @@ from tests.helpers import rel_err
 LENGTHS = [0, 7, 3, 0, 12]
 
 
-@pytest.mark.parametrize("width", [16, 13], ids=["aligned", "odd-width"])
+@pytest.mark.parametrize(("width", "D"), [(16, 8), (13, 8), (16, 12), (13, 5)], ids=str)
 @pytest.mark.parametrize(
     ("function", "dtype", "tolerance"),
     [(grouped_linear, torch.float64, 1e-14), (grouped_linear, torch.float32, 1e-6), (grouped_mm, torch.bfloat16, 1e-2)],
     ids=["cpu-float64", "cpu-float32", "kernel-bfloat16"],
 )
-def test_grouped_linear(function, dtype, tolerance, width, seed):
-    x = torch.randn(sum(LENGTHS), 8).to(dtype).requires_grad_()
-    weight = torch.randn(len(LENGTHS), width, 8).to(dtype).requires_grad_()
+def test_grouped_linear(function, dtype, tolerance, width, D, seed):
+    x = torch.randn(sum(LENGTHS), D).to(dtype).requires_grad_()
+    weight = torch.randn(len(LENGTHS), width, D).to(dtype).requires_grad_()
     offsets = torch.tensor(LENGTHS).cumsum(0, dtype=torch.int32)
     direction = torch.randn(sum(LENGTHS), width, dtype=torch.float64)
     y = function(x, weight, offsets)
@@ -30,6 +30,7 @@ def test_grouped_linear(function, dtype, tolerance, width, seed):
     assert rel_err(y, expected) < tolerance
     assert all(rel_err(a, b) < tolerance for a, b in zip(grads, wanted))
     assert not grads[1][[0, 3]].any()
+    torch.autograd.grad(function(x, weight, offsets).sum(), (x, weight))  # an expanded gradient
 
 
 def test_shapes_are_checked():

@@ -16,7 +16,7 @@ def build(name, memories=0, dtype=torch.float64, **kwargs):
     cls = mixer_class(name)
     mixer = cls(cls.make_config(D, HEADS, {"conv_size": 4}), layer=1, num_layers=4)
     core = MixerCore(mixer, D, memories=memories, dtype=dtype, **kwargs)
-    core.reset_parameters(lambda weight: weight.normal_(0, 0.3))
+    core.initialize(lambda weight: weight.normal_(0, 0.3))
     return core
 
 
@@ -30,8 +30,8 @@ def copy_to_memories(plain, many):
                 fused.down.copy_(plain.tokens.down)
             for name in fused.ranks:
                 getattr(fused, f"up_{name}").copy_(getattr(plain.tokens, f"up_{name}"))
-        for name, parameter in many.heads.items():
-            parameter.copy_(plain.heads[name])
+        for name, parameter in many.heads().items():
+            parameter.copy_(plain.heads()[name])
 
 
 @pytest.mark.parametrize("single_kv", [False, True], ids=["own-kv", "single-kv"])
@@ -113,6 +113,25 @@ def test_shards_are_parts_of_the_whole(name, memories, seed):
         routes = make_routes(router(x.flatten(0, 1)), mom, (2, 40), None, 0.0)
     outputs = [part(x, routes=routes) for part in parts]
     assert rel_err(torch.cat(outputs, -1), whole(x, routes=routes)) < 1e-12
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_what_is_no_matrix_is_not_decayed(name):
+    """Megatron decays the weight of whatever has more than one dimension: of a head's parameters only convolutions."""
+    core = build(name)
+    decayed = {n for n, p in core.named_parameters() if p.dim() > 1}
+    assert not [n for n in decayed if n.startswith(("heads.", "shared.")) and "conv_" not in n]
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_every_module_with_parameters_is_called(name):
+    """Megatron's overlapped gather of parameters waits in the forward of the module that owns them."""
+    core = build(name)
+    called = set()
+    for module in core.modules():
+        module.register_forward_pre_hook(lambda module, _: called.add(module))
+    core(torch.randn(1, 5, D, dtype=torch.float64))
+    assert {m for m in core.modules() if list(m.parameters(recurse=False))} <= called
 
 
 def test_constants_stay_float32(seed):

@@ -143,6 +143,7 @@ def test_rotary_depends_on_distance_only(seed):
         ("gla", {"head_dim": 0}, "head_dim must be at least 1, but is 0"),
         ("gla", {"gate_rank": 0}, r"gate_rank \(0\) must be at least 1"),
         ("gla", {"num_value_heads": 6}, r"num_value_heads \(6\) must be a multiple of num_heads \(4\)"),
+        ("gla", {"num_heads": 3}, r"hidden_size \(32\) must be divisible by num_heads \(3\)"),
         ("deltanet", {"conv_size": 1}, "conv_size must be 0 .none. or at least 2, but is 1"),
         ("retention", {"head_dim": 7}, "even head_dim"),
         ("linear_attention", {"feature_map": "gelu"}, "feature_map must be one of elu, relu, identity, but is 'gelu'"),
