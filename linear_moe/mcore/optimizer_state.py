@@ -9,6 +9,8 @@ forgets.
 
 import copy
 import functools
+import inspect
+import itertools
 from dataclasses import replace
 
 import torch
@@ -34,6 +36,9 @@ def patch() -> None:
     _wrap(DistributedOptimizer, "state_dict", _state_dict)
     _wrap(DistributedOptimizer, "load_state_dict", _load_state_dict)
     _wrap(DistributedOptimizer, "_set_main_param_and_optimizer_states", _set_states)
+    # Megatron's pull request 5077 mends this, and with it goes the variable.
+    if "missing_elems_num" in inspect.getsource(DistributedOptimizer.sharded_param_state_fully_reshardable):
+        _wrap(DistributedOptimizer, "sharded_param_state_fully_reshardable", _without_bucket_padding)
     _wrap(DistributedOptimizer, "sharded_param_state_fully_reshardable", _sharded_param_state)
     _wrap(Float16OptimizerWithFloat16Params, "sharded_state_dict", _float16_sharded_state_dict)
     _wrap(ChainedOptimizer, "load_state_dict", _chained_load_state_dict)
@@ -89,6 +94,27 @@ def _set_states(original, self, model_param, tensors):
     if _is_torch_adam(self):
         tensors = self._get_main_param_and_optimizer_states(model_param) | tensors
     original(self, model_param, tensors)
+
+
+# --- more than one bucket ---------------------------------------------------------------------------------------------
+
+
+def _without_bucket_padding(original, self, *args, **kwargs):
+    """Megatron collects the buckets' states without the padding at their ends, but looks parameters up by their places
+    in the padded buffer: whatever lies behind the first bucket was saved from the wrong place, without a word."""
+    maps = [buffer.param_index_map for buffer in self.buffers]
+    try:
+        for buffer, places in zip(self.buffers, maps, strict=True):
+            sizes = [bucket.numel_unpadded for bucket in buffer.buckets]
+            padding = [b.offset - start for b, start in zip(buffer.buckets, itertools.accumulate([0, *sizes]))]
+            buffer.param_index_map = {
+                parameter: (start - padding[bucket], end - padding[bucket], bucket)
+                for parameter, (start, end, bucket) in places.items()
+            }
+        return original(self, *args, **kwargs)
+    finally:
+        for buffer, places in zip(self.buffers, maps, strict=True):
+            buffer.param_index_map = places
 
 
 # --- with and without the distributed optimizer ---------------------------------------------------------------------
