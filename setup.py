@@ -1,8 +1,8 @@
 from setuptools import find_packages, setup
 
 extras = {
-    "data": ["tokenizers>=0.20", "transformers>=4.57", "tqdm>=4.66"],
-    "hf": ["safetensors>=0.4", "transformers>=4.57"],
+    "data": ["tokenizers>=0.20", "transformers>=5.0", "tqdm>=4.66"],
+    "hf": ["safetensors>=0.4", "transformers>=5.0"],
     "eval": ["lm-eval>=0.4.8"],
     "look": ["matplotlib>=3.9", "tensorboard>=2.17"],
     "gpu": ["transformer-engine[pytorch]>=2.0"],

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from linear_moe.ops import delta_rule
-from linear_moe.ssm.mixer import HeadParameter, Mixer, Projection, l2_norm, widen
+from linear_moe.ssm.deltanet import DeltaNet
+from linear_moe.ssm.mixer import HeadParameter, Projection, l2_norm, widen
 
 
 def decay_parameters() -> dict[str, HeadParameter]:
@@ -23,21 +24,15 @@ def decay_parameters() -> dict[str, HeadParameter]:
     }
 
 
-class GatedDeltaNet(Mixer):
+class GatedDeltaNet(DeltaNet):
     rule = "e^g (I - b k k^T) S + b k v^T, g = -exp(A_log) softplus(a + dt_bias), b = sigmoid(.)"
     paper = "arXiv 2412.06464"
-    default_conv_size = 4
-    rule_flops = 6
 
     def projections(self):
-        c = self.config
         return {
-            "q": Projection(width=c.head_dim, role="read", per="key", conv=True, activation="silu"),
-            "k": Projection(width=c.head_dim, role="write", per="key", conv=True, activation="silu"),
-            "v": Projection(width=c.value_head_dim, role="write", conv=True, activation="silu"),
-            "beta": Projection(width=1, role="write"),
+            **super().projections(),
             "a": Projection(width=1, role="write"),
-            "gate": Projection(width=c.value_head_dim, role="gate"),
+            "gate": Projection(width=self.config.value_head_dim, role="gate"),
         }
 
     def parameters_per_head(self):
