@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: demo test lint clean
 
 demo: $(INSTALLED)
-	$(VENV)/bin/python examples/demo.py
+	PYTHONWARNINGS=ignore $(VENV)/bin/python examples/demo.py
 
 test: $(INSTALLED) lint
 	$(VENV)/bin/python -m pytest

@@ -7,7 +7,7 @@ extras = {
     "look": ["matplotlib>=3.9", "tensorboard>=2.17"],
     "gpu": ["transformer-engine[pytorch]>=2.0"],
 }
-extras["dev"] = [*extras["data"], *extras["hf"], *extras["look"], "pytest>=8.3", "ruff>=0.9"]
+extras["dev"] = [*extras["data"], *extras["hf"], *extras["look"], "pytest>=8.3", "ruff==0.17.5"]
 
 setup(
     name="linear-moe",

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import re
 import statistics
@@ -31,20 +32,21 @@ def main() -> None:
     args = parser.parse_args()
     folder, plan = args.folder, args.folder / "iterations.txt"
     corpus, baseline = prepare(folder)
-    data_flags = ["--eval-iters", (corpus["tokens"] - 1) // SEQUENCE // BATCH]  # all validation tokens, once
-
     if not iteration(folder):
         minutes = max(1, args.minutes // 3)
         print(f"\n2. Train for {minutes} minutes, save a checkpoint, and stop", flush=True)
-        train(args, folder, [*data_flags, "--train-iters", args.max_iters, "--exit-duration-in-mins", minutes])
+        train(args, folder, ["--train-iters", args.max_iters, "--exit-duration-in-mins", minutes])
         seconds = 60 * (args.minutes - minutes)
         steps = int(seconds * tokens_per_second(folder) / (SEQUENCE * BATCH))
         plan.write_text(str(min(args.max_iters, iteration(folder) + steps)))
     total = int(plan.read_text()) if plan.exists() else args.max_iters
     if iteration(folder) < total:
         print(f"\n3. Resume from iteration {iteration(folder)} and train to {total}", flush=True)
-        train(args, folder, [*data_flags, "--train-iters", total, "--override-opt-param-scheduler"])
-    sys.exit(show(folder, corpus, baseline))
+        train(args, folder, ["--train-iters", total, "--override-opt-param-scheduler"])
+    print("\n4. Evaluate: every validation token once, as the bigram did", flush=True)
+    once = (corpus["tokens"] - 1) // SEQUENCE // BATCH
+    loss = train(args, folder, ["--train-iters", total, "--skip-train", "--eval-iters", once])
+    sys.exit(show(folder, corpus, baseline, loss))
 
 
 def iteration(folder: Path) -> int:
@@ -57,11 +59,10 @@ def tokens_per_second(folder: Path) -> float:
     return statistics.median(read_scalars(folder / "tensorboard")["tokens-per-second"][1])
 
 
-def show(folder: Path, corpus: dict, baseline) -> int:
+def show(folder: Path, corpus: dict, baseline, loss: float) -> int:
     """Pictures, numbers and what to try next; the exit status: 0 if the model is better than the bigram."""
-    print("\n4. Look at it")
+    print("\n5. Look at it")
     logs = folder / "tensorboard"
-    loss = float(read_scalars(logs)["lm loss validation"][1][-1])
     plot_loss(logs, folder / "loss.png", baseline=baseline.nats_per_token)
     plot_memories(logs, folder / "memories.png")
     for name, nats in (("smoothed bigram", baseline.nats_per_token), ("this model", loss)):
@@ -105,19 +106,20 @@ def command(args, folder: Path, flags: list) -> list[str]:
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
     words += [ROOT / "examples" / "pretrain.py", "--config", ROOT / "examples" / "configs" / "demo.yaml"]
     words += ["--train-data-path", folder / "train", "--valid-data-path", folder / "valid"]
-    words += ["--tokenizer-model", folder / "bpe", "--tensorboard-dir", folder / "tensorboard"]
+    words += ["--tokenizer-model", folder / "bpe"]
+    words += [] if "--skip-train" in flags else ["--tensorboard-dir", folder / "tensorboard"]
     words += ["--save", folder / "checkpoints", "--load", folder / "checkpoints", "--save-interval", 100000]
     words += ["--expert-model-parallel-size", processes, *(["--bf16"] if gpus else []), *flags]
     return list(map(str, words))
 
 
-def train(args, folder: Path, flags: list) -> None:
-    """Run `command`: its progress is shown, all of its output goes to train.log."""
+def train(args, folder: Path, flags: list) -> float:
+    """Run `command`: its progress is shown, all of its output goes to train.log. Returns the last validation loss."""
     words = command(args, folder, flags)
     processes = int(words[words.index("--nproc-per-node") + 1])
     threads = str(max(1, (os.cpu_count() or 1) // processes))
     environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
-    last = deque(maxlen=40)
+    last, validation = deque(maxlen=40), math.nan
     with (
         open(folder / "train.log", "a") as log,
         subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child,
@@ -129,8 +131,11 @@ def train(args, folder: Path, flags: list) -> None:
                 print(f"   iteration {step[1]}: loss {float(step[2]):.4f}", flush=True)
             elif re.match(r" tokens/s| validation loss at|.*(loading|saving) checkpoint", line):
                 print("     ", line.strip(" |\n"), flush=True)
+            if found := re.search(r"validation loss at .*lm loss value: (\S+)", line):
+                validation = float(found[1])
     if child.returncode:
         sys.exit(f"{''.join(last)}\ntraining failed with exit code {child.returncode}; all it said: {folder}/train.log")
+    return validation
 
 
 if __name__ == "__main__":  # tokenizing and checkpointing start this module again in processes of their own

@@ -12,7 +12,7 @@ DEMO = runpy.run_path(str(Path(__file__).resolve().parents[2] / "examples" / "de
 
 def test_commands_are_valid(tmp_path):
     options = argparse.Namespace(processes=2)
-    for flags in (["--train-iters", 2000, "--exit-duration-in-mins", 2], ["--override-opt-param-scheduler"]):
+    for flags in (["--train-iters", 2000, "--exit-duration-in-mins", 2], ["--skip-train"]):
         words = DEMO["command"](options, tmp_path, flags)
         args = parse(expand_argv(words[words.index("--config") :]))
         check_arguments(args)
