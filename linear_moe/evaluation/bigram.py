@@ -50,9 +50,10 @@ def bigram_loss(train: Iterable[np.ndarray], validation: Iterable[np.ndarray], v
     held_out = _Pairs.count(train[::every], vocab_size)
     kept = _Counts(_Pairs.count((d for i, d in enumerate(train) if i % every), vocab_size), vocab_size)
     look_up = kept.look_up(held_out)
-    discount, concentration, continuation = min(
-        itertools.product(DISCOUNTS, CONCENTRATIONS, (False, True)), key=lambda c: kept.loss(held_out, look_up, *c)
-    )
+    choices = itertools.product(DISCOUNTS, CONCENTRATIONS, (False, True))
+    # Without any smoothing an unseen pair, of which validation may have more than the held-out part, is impossible.
+    choices = [choice for choice in choices if choice[0] or choice[1]]
+    discount, concentration, continuation = min(choices, key=lambda choice: kept.loss(held_out, look_up, *choice))
     pairs = _Pairs.count(validation, vocab_size)
     counts = _Counts(_Pairs.count(train, vocab_size), vocab_size)
     loss = counts.loss(pairs, counts.look_up(pairs), discount, concentration, continuation)
