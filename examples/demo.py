@@ -43,7 +43,7 @@ def main() -> None:
     if iteration(folder) < total:
         print(f"\n3. Resume from iteration {iteration(folder)} and train to {total}", flush=True)
         train(args, folder, ["--train-iters", total, "--override-opt-param-scheduler"])
-    print("\n4. Evaluate: every validation token once, as the bigram did", flush=True)
+    print("\n4. Evaluate on the validation tokens, each once (whole batches of them)", flush=True)
     once = (corpus["tokens"] - 1) // SEQUENCE // BATCH
     loss = train(args, folder, ["--train-iters", total, "--skip-train", "--eval-iters", once])
     sys.exit(show(folder, corpus, baseline, loss))
