@@ -71,7 +71,7 @@ def prepare(argv: list[str]):
         args = parse_and_validate_args(add_arguments, args_defaults={"tokenizer_type": "HuggingFaceTokenizer"})
     except AssertionError as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        raise ValueError(f"Megatron refuses these arguments: {error or where.line}") from error
+        raise ValueError(f"Megatron refuses these arguments: {str(error) or where.line}") from error
     check_checkpoint(args)
     return args
 

@@ -49,7 +49,10 @@ def test_trains_and_logs(tmp_path):
         ([*MOCK, "--mom-topk", "9"], "mom_topk (9) must be between 1 and mom_memories (4)"),
         ([*MOCK, "--layer-patern", "LN"], "unknown flag --layer-patern; did you mean --layer-pattern"),
         ([*MOCK, "--hidden-size", "66"], "hidden_size (66) must be divisible by num_heads (4), unless"),
-        ([*MOCK, "--global-batch-size", "3"], "Megatron refuses these arguments: "),
+        (
+            [*MOCK, "--global-batch-size", "3"],
+            "Megatron refuses these arguments: eval_global_batch_size (3) must be divisible",
+        ),
     ],
     ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) else "",
 )
