@@ -13,7 +13,6 @@ from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
-from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
@@ -23,23 +22,21 @@ from megatron.core.utils import (
     get_attr_wrapped_model,
     get_batch_on_this_tp_rank,
 )
-from megatron.training import get_args, get_tensorboard_writer, get_timers, get_wandb_writer, pretrain, training
+from megatron.training import get_args, get_timers, pretrain, training
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.datasets.sft_dataset import SFTDataset
 from megatron.training.utils import (
     get_blend_and_blend_per_split,
     is_first_or_last_pipeline_stage,
-    print_rank_last,
 )
 
 from linear_moe.mcore.arguments import add_arguments, check_arguments, expand_argv, set_argv
 from linear_moe.mcore.checkpoint import check_checkpoint
 from linear_moe.mcore.cpu import enable_cpu
-from linear_moe.mcore.flops import training_flops
+from linear_moe.mcore.logs import install_telemetry
 from linear_moe.mcore.model import model_config
 from linear_moe.mcore.preprocess import check_dataset
-from linear_moe.mcore.telemetry import telemetry
 
 SPIKE = 10  # a loss this many times larger than the largest so far is reported with --check-for-spiky-loss
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
@@ -253,65 +250,3 @@ def forward_step(data_iterator, model):
             packed_seq_params=packed,
         )
     return output, functools.partial(loss_func, batch["loss_mask"])
-
-
-# --- logs -----------------------------------------------------------------------------------------------------------
-
-
-def install_telemetry() -> None:
-    """Let Megatron's log also say tokens/s, the true TFLOP/s and, for MoM, what the routers did. Idempotent."""
-    if hasattr(training.training_log, "__wrapped__"):
-        return
-    training.num_floating_point_operations = training_flops
-    log = training.training_log
-
-    @functools.wraps(log)
-    def training_log(loss_dict, total_loss_dict, learning_rate, iteration, *rest, **kwargs):
-        args = get_args()
-        tokens_per_second = _tokens_per_second(args, total_loss_dict) if iteration % args.log_interval == 0 else None
-        result = log(loss_dict, total_loss_dict, learning_rate, iteration, *rest, **kwargs)
-        figures = {} if tokens_per_second is None else {"tokens-per-second": tokens_per_second}
-        written = (args.tensorboard_dir or args.wandb_project) and iteration % args.tensorboard_log_interval == 0
-        if args.mom_memories and (written or tokens_per_second is not None):  # alike on all ranks: they reduce together
-            figures |= _memory_figures(args)
-        _write(figures, iteration)
-        if tokens_per_second is not None:
-            text = f" tokens/s: {tokens_per_second:.0f} |"
-            if args.log_throughput and not _packed():
-                flops = training_flops(args, 1) / args.seq_length * tokens_per_second
-                text += f" TFLOP/s of all processes: {flops / 1e12:.4g} |"
-            if "mom/balance_loss" in figures:
-                text += f" MoM balance loss: {figures['mom/balance_loss']:.3f} |"
-                text += f" router entropy: {figures['mom/router_entropy']:.3f} |"
-                text += f" dead memories: {figures['mom/dead_memories']:.0f} |"
-            print_rank_last(text)
-        return result
-
-    training.training_log = training_log
-
-
-def _tokens_per_second(args, total_loss_dict) -> float:
-    """Tokens since the last log line over the time that Megatron's own timer gives it."""
-    steps = 1 + sum(int(total_loss_dict.get(f"{kind} iterations", 0)) for kind in ("advanced", "skipped"))
-    samples = args.micro_batch_size * args.data_parallel_size * get_num_microbatches()
-    return steps * samples * args.seq_length / get_timers()("interval-time").elapsed(reset=False)
-
-
-def _memory_figures(args) -> dict[str, float]:
-    layers = telemetry.report(args.mom_memories, args.num_layers, torch.cuda.current_device())
-    figures, kept = {}, [layer for layer in layers if layer]
-    for number, layer in enumerate(layers, 1):
-        figures |= {f"mom/layer_{number}/{name}": value for name, value in layer.items()}
-    for name in ("balance_loss", "router_entropy", "z_loss"):
-        figures[f"mom/{name}"] = sum(layer[name] for layer in kept) / max(len(kept), 1)
-    figures["mom/dead_memories"] = sum(layer["dead_memories"] for layer in kept)
-    return figures
-
-
-def _write(figures: dict[str, float], iteration: int) -> None:
-    writer, wandb = get_tensorboard_writer(), get_wandb_writer()
-    for name, value in figures.items():
-        if writer:
-            writer.add_scalar(name, value, iteration)
-    if wandb and figures:
-        wandb.log(figures, iteration)

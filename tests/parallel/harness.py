@@ -52,7 +52,7 @@ def train(pretrain_fn: Callable[[list[str]], None], argv: list[str], save: str |
     from megatron.training import training
 
     enable_cpu()
-    from linear_moe.mcore import pretrain
+    from linear_moe.mcore import logs
 
     patch_megatron()
     reset_megatron()
@@ -67,7 +67,7 @@ def train(pretrain_fn: Callable[[list[str]], None], argv: list[str], save: str |
 
     training.training_log = spy
     try:
-        with unittest.mock.patch.object(pretrain, "_write", lambda figures, _: run.figures.append(figures)):
+        with unittest.mock.patch.object(logs, "_write", lambda figures, _: run.figures.append(figures)):
             pretrain_fn([*argv, *(["--save", str(save)] if save else [])])
     finally:
         training.training_log = log
