@@ -144,21 +144,20 @@ def test_checkpoint_moves_to_another_layout(straight, resumed, source, target):
 
 MIXER_LAYOUTS = {"one": (1, ""), "tp2": (2, TP2), "tp2-sp": (2, f"{TP2} {SP}")}
 FORMS = {"plain": "", "mom": "--mom-memories 3 --mom-topk 2", "single-kv": "--mom-memories 3 --mom-single-kv"}
+# The projections are the layer's, whatever the mixer, and gla has every kind of them.
+MIXER_FORMS = [(mixer, form) for mixer in MIXERS for form in ("plain", "mom")] + [("gla", "single-kv")]
 
 
 @pytest.fixture(scope="module")
 def mixers(folder, data):
     cases = {}
-    for mixer in MIXERS:
-        for form, form_flags in FORMS.items():
-            if form == "single-kv" and mixer != "gla":
-                continue  # the projections are the layer's, whatever the mixer; gla has every kind of them
-            for layout, (size, flags) in MIXER_LAYOUTS.items():
-                if form == "plain" and layout == "tp2-sp":
-                    continue
-                name = f"{mixer}-{form}-{layout}"
-                model = f"--mixer {mixer} --layer-pattern LN --num-layers 2 {form_flags} {flags}"
-                cases[name] = (size, {"data": data, "flags": model, "save": str(folder / name)})
+    for mixer, form in MIXER_FORMS:
+        for layout, (size, flags) in MIXER_LAYOUTS.items():
+            if form == "plain" and layout == "tp2-sp":
+                continue
+            name = f"{mixer}-{form}-{layout}"
+            model = f"--mixer {mixer} --layer-pattern LN --num-layers 2 {FORMS[form]} {flags}"
+            cases[name] = (size, {"data": data, "flags": model, "save": str(folder / name)})
     outcomes = run_all(cases)
     moved = {}
     for mixer in MIXERS:  # saved under TP, loaded in one process
@@ -168,11 +167,8 @@ def mixers(folder, data):
     return outcomes | run_all(moved)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize(("mixer", "form"), MIXER_FORMS)
 def test_mixer_under_tensor_parallelism(mixers, mixer, form):
-    if form == "single-kv" and mixer != "gla":
-        pytest.skip("tested with gla")
     reference = mixers[f"{mixer}-{form}-one"].result
     for layout in MIXER_LAYOUTS:
         name = f"{mixer}-{form}-{layout}"
