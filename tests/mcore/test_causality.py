@@ -9,6 +9,7 @@ from linear_moe.ssm import MIXERS
 
 T, B = 140, 2
 LENGTHS = [0, 1, 70, 0, 64, 5]  # of a pack: together T; chunks of 64 and the convolution's 4 taps lie across borders
+TIMES = (0, 1, 2, 63, 64, 70, 71, 72, 134, 135, T - 1)  # about the borders of chunks and sequences
 MODEL = {
     "hidden_size": 32,
     "num_attention_heads": 2,
@@ -33,13 +34,13 @@ def packed():
     )
 
 
-def check_causal(forward, hidden_size, pack):
-    """forward: hidden states ``[T, b, D]`` -> outputs ``[T, b, D]``."""
+def check_causal(forward, hidden_size, pack, times=TIMES):
+    """forward: hidden states ``[T, b, D]`` -> outputs ``[T, b, D]``. times: the outputs to look back from."""
     batch = 1 if pack else B
     sequence = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS)) if pack else torch.zeros(T)
     x = torch.randn(T, batch, hidden_size, requires_grad=True)
     y = forward(x)
-    for t in (0, 1, 2, 63, 64, 70, 71, 72, 134, 135, T - 1):
+    for t in times:
         (grad,) = torch.autograd.grad((y[t, 0] * torch.randn(hidden_size)).sum(), x, retain_graph=True)
         may = torch.zeros(T, batch, dtype=torch.bool)
         may[: t + 1, 0] = sequence[: t + 1] == sequence[t]
@@ -60,7 +61,8 @@ def attention_of(model, pack):
 def test_mixer_is_causal(mixer, form, training, pack, seed):
     model = linear_moe.build_model(MODEL, mixer=mixer, num_layers=1, seed=seed, **(MOM if form == "mom" else {}))
     model.train(training)
-    grad = check_causal(attention_of(model, pack), MODEL["hidden_size"], pack)
+    times = range(T) if mixer == "gated_deltanet" else TIMES
+    grad = check_causal(attention_of(model, pack), MODEL["hidden_size"], pack, times)
     assert grad[T - 2, 0].any(), "no memory: the last output does not see the input before it"
 
 
