@@ -158,6 +158,11 @@ def check_arguments(args) -> None:
             "the interleaved pipeline schedule needs overlapped p2p communication (batched p2p gives wrong gradients): "
             "drop --no-overlap-p2p-communication"
         )
+    decay = args.lr_decay_iters or args.train_iters
+    if decay and args.lr_warmup_iters >= decay:
+        raise ValueError(
+            f"lr_warmup_iters ({args.lr_warmup_iters}) must be below lr_decay_iters or train_iters ({decay})"
+        )
     packed = args.dataloader_inter_document_masking or args.sft
     if packed and args.pipeline_model_parallel_size > 1 and args.micro_batch_size != 1:
         raise ValueError(

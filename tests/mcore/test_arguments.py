@@ -138,6 +138,7 @@ def test_patterns():
             "--dataloader-inter-document-masking --pipeline-model-parallel-size 2 --micro-batch-size 2",
             "packed sequences under pipeline parallelism need micro_batch_size 1, not 2",
         ),
+        ("--train-iters 4 --lr-warmup-iters 20", r"lr_warmup_iters \(20\) must be below lr_decay_iters or train_iters"),
         ("--num-experts 2 --moe-layer-freq [0,1]", "moe_layer_freq must hold one 0 or 1 for each of the 4 layers"),
     ],
 )
