@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -174,7 +175,7 @@ def check_arguments(args) -> None:
         raise ValueError(f"recompute_modules {sorted(missing_te)} need --transformer-impl transformer_engine")
     if args.fp8 and "layernorm" in missing_te and "L" in options.pattern:
         raise ValueError("recompute_modules layernorm with fp8 is for softmax layers only; the pattern has linear ones")
-    moe_layers(argparse.Namespace(**{**vars(args), "num_moe_experts": args.num_experts}))
+    moe_layers(args.moe_layer_freq, args.num_experts, args.num_layers)
 
 
 def config_argv(config: Mapping[str, object], source: str = "config") -> list[str]:
@@ -215,6 +216,7 @@ def config_argv(config: Mapping[str, object], source: str = "config") -> list[st
     return argv
 
 
+@functools.cache  # Megatron's 700 flags take a moment
 def _actions() -> dict[str, argparse.Action]:
     """Flag -> argparse action, of Megatron's and our flags."""
     parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))

@@ -16,7 +16,7 @@ def training_flops(args, batch_size, seqlen_squared_sum_in_batch=None, total_rea
     tokens = total_real_tokens_in_batch or batch_size * args.seq_length
     squared = seqlen_squared_sum_in_batch or batch_size * args.seq_length**2
     options = layer_options(args)
-    moe = moe_layers(_Config(args))
+    moe = moe_layers(args.moe_layer_freq, args.num_experts, args.num_layers)
     per_token = 2 * args.hidden_size * args.padded_vocab_size  # logits
     attention_pairs = 0.0
     for letter, is_moe in zip(options.pattern, moe):
@@ -28,14 +28,6 @@ def training_flops(args, batch_size, seqlen_squared_sum_in_batch=None, total_rea
             per_token += _mixer(args.hidden_size, options)
         per_token += _feed_forward(args, is_moe)
     return 3.0 * (per_token * tokens + attention_pairs * squared / 2)
-
-
-class _Config:
-    """args under the names of Megatron's TransformerConfig."""
-
-    def __init__(self, args):
-        self.moe_layer_freq, self.num_layers = args.moe_layer_freq, args.num_layers
-        self.num_moe_experts = args.num_experts
 
 
 def _softmax(args) -> tuple[int, int]:

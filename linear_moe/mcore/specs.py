@@ -60,14 +60,13 @@ def expand_pattern(pattern: str, num_layers: int) -> str:
     return pattern * (num_layers // len(pattern))
 
 
-def moe_layers(config) -> list[bool]:
-    """Which layers have a MoE feed-forward: Megatron's ``--moe-layer-freq``, one entry a layer.
+def moe_layers(freq: int | list[int], num_experts: int | None, depth: int) -> list[bool]:
+    """Which of ``depth`` layers have a MoE feed-forward: Megatron's ``--moe-layer-freq``, one entry a layer.
 
     Raises:
         ValueError: a list that is not one 0 or 1 for every layer.
     """
-    freq, depth = config.moe_layer_freq, config.num_layers
-    if config.num_moe_experts is None:
+    if num_experts is None:
         return [False] * depth
     if isinstance(freq, int):
         return [layer % freq == 0 for layer in range(depth)]
@@ -86,12 +85,13 @@ def layer_specs(config, options: LayerOptions, vp_stage: int | None = None) -> T
     if not use_te and config.transformer_impl != "local":
         raise ValueError(f"transformer_impl must be local or transformer_engine, but is {config.transformer_impl}")
     submodules = _te_submodules if use_te else _local_submodules
+    layers = list(zip(options.pattern, moe_layers(config.moe_layer_freq, config.num_moe_experts, config.num_layers)))
     specs = {}
-    for letter, moe in set(zip(options.pattern, moe_layers(config))):
+    for letter, moe in set(layers):
         softmax = submodules(config, moe)
         chosen = softmax if letter == "N" else _with_mixer(softmax, options, use_te)
         specs[letter, moe] = ModuleSpec(module=TransformerLayer, submodules=chosen)
-    every = [specs[key] for key in zip(options.pattern, moe_layers(config))]
+    every = [specs[layer] for layer in layers]
     if config.pipeline_model_parallel_layout is not None:
         layout = config.pipeline_model_parallel_layout
         own = [every[i] for i in layout.get_layer_id_list(layer_type=LayerType.decoder, vp_stage=vp_stage)]
