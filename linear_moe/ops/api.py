@@ -11,10 +11,13 @@ Everything is differentiable, states and constant decays included.
 from contextlib import nullcontext
 
 import torch
+from torch.nn.functional import silu
 
-from . import chunk, reference
+from . import chunk, norm, reference, routing
+from . import grouped as grouped_torch
 from . import short_conv as conv
-from .check import check_backend, check_conv, check_rule, check_step
+from .backend import choose_backend, kernels
+from .check import check_conv, check_grouped, check_norm, check_rule, check_step
 from .step import RULES
 from .step import step as step_torch
 
@@ -34,7 +37,10 @@ def linear_attention(
     Raises ValueError for shapes, dtypes, cu_seqlens or a backend that do not fit.
     """
     check_rule("linear_attention", q, k, v, None, g, initial_state, cu_seqlens)
-    rule = {"torch": chunk, "reference": reference}[check_backend(backend)].linear_attention
+    backend = choose_backend("linear_attention", backend, v, k.shape[-1], v.shape[-1])
+    rule = (
+        kernels("rules") if backend == "triton" else {"torch": chunk, "reference": reference}[backend]
+    ).linear_attention
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     with _without_autocast(v.device.type):
         return rule(
@@ -52,7 +58,8 @@ def delta_rule(
     Raises ValueError for shapes, dtypes, cu_seqlens or a backend that do not fit.
     """
     check_rule("delta_rule", q, k, v, beta, g, initial_state, cu_seqlens)
-    rule = {"torch": chunk, "reference": reference}[check_backend(backend)].delta_rule
+    backend = choose_backend("delta_rule", backend, v, k.shape[-1], v.shape[-1])
+    rule = (kernels("rules") if backend == "triton" else {"torch": chunk, "reference": reference}[backend]).delta_rule
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     with _without_autocast(v.device.type):
         return rule(
@@ -61,26 +68,89 @@ def delta_rule(
 
 
 def short_conv(
-    x, weight, *, activation="silu", initial_state=None, return_state=False, cu_seqlens=None, backend="auto"
+    x,
+    weight,
+    *,
+    activation="silu",
+    normalize=None,
+    initial_state=None,
+    return_state=False,
+    cu_seqlens=None,
+    routes=None,
+    backend="auto",
 ):
-    """Causal depthwise convolution: y_t = act(sum_i weight[:, i] x_{t-W+1+i}), never across a sequence's borders.
+    """Causal depthwise convolution: y_t = norm(act(sum_i weight[:, i] x_{t-W+1+i})), never across a sequence's borders.
 
-    x [B, T, D]; weight [D, W], the last column for the current token; activation "silu" or None. The state
-    [N, D, W-1], in x's dtype, holds the last W-1 inputs before the sequence, oldest first (None: zeros); a sequence
-    shorter than that keeps the end of its old state. Returns (y [B, T, D], state or None), computed in float32
-    (float64 for float64 inputs). Raises ValueError for shapes, dtypes, cu_seqlens, activation or a backend that do not
-    fit.
+    x [B, T, D]; weight [D, W], the last column for the current token, or None for no convolution; activation "silu" or
+    None; normalize None, or the width of the heads that are then divided by their L2 norm. With routes x holds tokens
+    and y [1, R, D] their rows: the taps follow each bucket's own tokens. The state [N, D, W-1], in x's dtype, holds the
+    last W-1 inputs before the sequence, oldest first (None: zeros); a sequence shorter than that keeps the end of its
+    old state. Returns (y [B, T, D], state or None), computed in float32 (float64 for float64 inputs). Raises ValueError
+    for shapes, dtypes, cu_seqlens, options or a backend that do not fit.
     """
-    check_conv(x, weight, activation, initial_state, cu_seqlens)
-    function = {"torch": conv, "reference": reference}[check_backend(backend)].short_conv
-    return function(
-        x,
-        weight,
-        activation=activation,
-        initial_state=initial_state,
-        return_state=return_state,
-        cu_seqlens=cu_seqlens,
-    )
+    check_conv(x, weight, activation, normalize, initial_state, return_state, cu_seqlens, routes)
+    backend = choose_backend("short_conv", backend, x)
+    state = {"initial_state": initial_state, "return_state": return_state}
+    if backend == "triton":
+        maps = {} if routes is None else {"token": routes.token, "row": routes.row}
+        cu_seqlens = cu_seqlens if routes is None else routes.cu_seqlens
+        return kernels("conv").short_conv(
+            x, weight, activation=activation, normalize=normalize, cu_seqlens=cu_seqlens, **state, **maps
+        )
+    if routes is not None:
+        x, cu_seqlens = routing.gather(x.flatten(0, 1), routes).unsqueeze(0), routes.cu_seqlens
+    last = None
+    if weight is not None:
+        function = {"torch": conv, "reference": reference}[backend].short_conv
+        x, last = function(x, weight, activation=activation, cu_seqlens=cu_seqlens, **state)
+    elif activation:
+        x = silu(x)
+    return x if normalize is None else norm.l2_norm(x.unflatten(-1, (-1, normalize))).flatten(-2), last
+
+
+def route(indices, weights, *, num_memories, shared, cu_seqlens=None, backend="auto"):
+    """Sorts tokens into buckets, stably: see routing.Routes and routing.route.
+
+    indices int [B, T, k], distinct for a token and below num_memories; weights [B, T, k] float; `shared` adds one more
+    memory, the last, that holds every token with weight 1; cu_seqlens int32 [N+1] (then B is 1), else N = B.
+    Raises ValueError for shapes, dtypes or a backend that do not fit.
+    """
+    backend = choose_backend("route", backend, weights)
+    function = {"reference": routing.route_reference, "torch": routing.route}.get(backend) or kernels("routing").route
+    return function(indices, weights, num_memories=num_memories, shared=shared, cu_seqlens=cu_seqlens)
+
+
+def grouped_linear(x, weight, offsets, *, routes=None, backend="auto"):
+    """One linear map for each group of consecutive rows: row r of group m becomes x[r] @ weight[m].T.
+
+    x [R, D], or tokens [B*T, D] with routes, whose rows are then gathered; weight [G, E, D]; offsets int32 [G], the END
+    of every group's rows, the last one R. Returns [R, E]. Raises ValueError for shapes or a backend that do not fit.
+    """
+    check_grouped(x, weight, offsets, routes)
+    if choose_backend("grouped_linear", backend, x) == "triton":
+        maps = (None, None) if routes is None else (routes.token, routes.row)
+        return kernels("grouped").grouped_linear(x, weight, offsets, *maps)
+    return grouped_torch.grouped_linear(x if routes is None else routing.gather(x, routes), weight, offsets)
+
+
+def combine(rows, routes, *, backend="auto"):
+    """The weighted sum of every token's rows: [R, ...] -> [B*T, ...], in the rows' dtype."""
+    if choose_backend("combine", backend, rows) == "triton":
+        return kernels("combine").combine(rows, routes.row, routes.weights)
+    return routing.combine(rows, routes)
+
+
+def gated_norm(o, weight, gate=None, *, eps, activation="silu", routes=None, backend="auto"):
+    """RMS norm over V of o [tokens, HV, V], times weight [V], times act(gate) where a gate [tokens, HV, V] is given.
+
+    With routes o holds rows [R, HV, V], which are combined first. Activation "silu" or "sigmoid". In o's dtype,
+    computed in at least float32. Raises ValueError for shapes, an activation or a backend that do not fit.
+    """
+    check_norm(o, weight, gate, activation, routes)
+    if choose_backend("gated_norm", backend, o) == "triton":
+        maps = (None, None) if routes is None else (routes.row, routes.weights)
+        return kernels("combine").combine_norm(o, *maps, gate, weight, eps=eps, activation=activation)
+    return norm.gated_norm(o, weight, gate, eps=eps, activation=activation, routes=routes)
 
 
 def step(rule, state, q, k, v, beta=None, g=None, *, scale=None, backend="auto"):
@@ -94,7 +164,10 @@ def step(rule, state, q, k, v, beta=None, g=None, *, scale=None, backend="auto")
         raise ValueError(f"step: rule ({rule!r}) must be one of {sorted(RULES)}")
     check_step(rule, state, q, k, v, beta, g)
     scale = k.shape[-1] ** -0.5 if scale is None else scale
-    if check_backend(backend) == "torch":
+    backend = choose_backend("step", backend, v, k.shape[-1], v.shape[-1])
+    if backend == "triton":
+        return kernels("step").step(rule, state, q, k, v, beta, g, scale=scale)
+    if backend == "torch":
         with _without_autocast(v.device.type):
             return step_torch(rule, state, q, k, v, beta, g, scale=scale)
     g = g.unsqueeze(1) if g is not None and g.ndim > 1 else g

@@ -2,15 +2,6 @@
 
 import torch
 
-BACKENDS = {"auto": "torch", "torch": "torch", "reference": "reference"}  # name -> what runs
-
-
-def check_backend(backend):
-    """The backend that `backend` stands for."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend ({backend!r}) must be one of {list(BACKENDS)}")
-    return BACKENDS[backend]
-
 
 def _require(condition, rule, message):
     if not condition:
@@ -82,17 +73,53 @@ def check_step(rule, state, q, k, v, beta, g):
     _check_operands(rule, {"B": v.shape[0]}, q, k, v, beta, g, state, v.shape[0])
 
 
-def check_conv(x, weight, activation, initial_state, cu_seqlens):
+def check_conv(x, weight, activation, normalize, initial_state, return_state, cu_seqlens, routes):
     """The operands of short_conv."""
     rule = "short_conv"
     _require(torch.is_tensor(x) and x.ndim == 3, rule, "x must be a tensor [B, T, D]")
     B, T, D = x.shape
     _shape(rule, "x", x, {"B": B, "T": T, "D": D})
+    _require(activation in ("silu", None), rule, f"activation ({activation!r}) must be 'silu' or None")
+    fits = normalize is None or (normalize > 0 and D % normalize == 0)
+    _require(fits, rule, f"the channels ({D}) must be a multiple of the normalised width ({normalize})")
+    if routes is not None:
+        _require(cu_seqlens is None, rule, "routes bring their own cu_seqlens")
+        tokens = len(routes.row)
+        _require(tokens == B * T, rule, f"the routes are of {tokens} tokens, x has {B * T}")
+        N = len(routes.cu_seqlens) - 1
+    else:
+        N = check_cu_seqlens(rule, cu_seqlens, B, T, x.device)
+    if weight is None:
+        _require(initial_state is None and not return_state, rule, "without a weight there is no state")
+        return
     _require(torch.is_tensor(weight) and weight.ndim == 2, rule, "weight must be a tensor [D, W]")
     W = weight.shape[1]
     _shape(rule, "weight", weight, {"D": D, "W": W})
     _require(W > 0, rule, "weight must have at least one column")
-    _require(activation in ("silu", None), rule, f"activation ({activation!r}) must be 'silu' or None")
-    N = check_cu_seqlens(rule, cu_seqlens, B, T, x.device)
     if initial_state is not None:
         _shape(rule, "initial_state", initial_state, {"N": N, "D": D, "W - 1": W - 1})
+
+
+def check_grouped(x, weight, offsets, routes):
+    """The operands of grouped_linear."""
+    rule = "grouped_linear"
+    fits = x.ndim == 2 and weight.ndim == 3 and x.shape[1] == weight.shape[2] and offsets.shape == weight.shape[:1]
+    shapes = f"{[*x.shape]}, {[*weight.shape]} and {[*offsets.shape]}"
+    _require(fits, rule, f"x must be [R, D], weight [G, E, D] and offsets [G], not {shapes}")
+    if routes is not None:
+        _require(len(routes.row) == len(x), rule, f"the routes are of {len(routes.row)} tokens, x has {len(x)}")
+
+
+def check_norm(o, weight, gate, activation, routes):
+    """The operands of gated_norm."""
+    rule = "gated_norm"
+    _require(torch.is_tensor(o) and o.ndim == 3, rule, "o must be a tensor [tokens or rows, HV, V]")
+    rows, HV, V = o.shape
+    _shape(rule, "weight", weight, {"V": V})
+    _require(activation in ("silu", "sigmoid"), rule, f"activation ({activation!r}) must be 'silu' or 'sigmoid'")
+    tokens = rows
+    if routes is not None:
+        _require(len(routes.token) == rows, rule, f"the routes have {len(routes.token)} rows, o has {rows}")
+        tokens = len(routes.row)
+    if gate is not None:
+        _shape(rule, "gate", gate, {"tokens": tokens, "HV": HV, "V": V})

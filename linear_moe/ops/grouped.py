@@ -5,17 +5,8 @@ import torch.nn.functional as F
 
 
 def grouped_linear(x, weight, offsets):
-    """Row r of group m becomes ``x[r] @ weight[m].T``.
-
-    x [R, D]; weight [G, E, D]; offsets int32 [G], the END of every group's rows, the last one R. Returns [R, E]. On
-    CUDA this is one ``torch.nn.functional.grouped_mm``, which in bfloat16 on Hopper or newer reads nothing back.
-    Raises ValueError for shapes that do not fit.
-    """
-    if x.ndim != 2 or weight.ndim != 3 or x.shape[1] != weight.shape[2] or offsets.shape != weight.shape[:1]:
-        raise ValueError(
-            "grouped_linear: x must be [R, D], weight [G, E, D] and offsets [G], "
-            f"not {[*x.shape]}, {[*weight.shape]} and {[*offsets.shape]}"
-        )
+    """See api.grouped_linear. On CUDA this is one ``torch.nn.functional.grouped_mm``, which in bfloat16 on Hopper or
+    newer reads nothing back."""
     if x.is_cuda:
         return grouped_mm(x, weight, offsets)
     # On the CPU the offsets are free to read, and separate products also take float64 and any stride.

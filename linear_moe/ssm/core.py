@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linear_moe.ops import Routes, combine, gather, grouped_linear, short_conv
+from linear_moe.ops import Routes, gather, grouped_linear, short_conv
 from linear_moe.ssm.mixer import Mixer, Projection
 
 Sections = dict[str, int]
@@ -45,15 +45,17 @@ class FusedProjection(nn.Module):
             up = torch.empty(*lead, sections[name] // shards, rank, **factory)
             self.register_parameter(f"up_{name}", nn.Parameter(up))
 
-    def forward(self, x: Tensor, replicated: Callable, offsets: Tensor | None = None) -> dict[str, Tensor]:
-        """x ``[..., D]`` -> name -> ``[..., local width]``. offsets: where every copy's rows end."""
+    def forward(self, x: Tensor, replicated: Callable, routes: Routes | None = None) -> dict[str, Tensor]:
+        """x ``[..., D]`` -> name -> ``[..., local width]``; with routes, tokens -> rows by their memory's copy."""
 
-        def product(x: Tensor, weight: Tensor) -> Tensor:
-            return F.linear(x, weight) if offsets is None else grouped_linear(x, weight, offsets)
+        def product(x: Tensor, weight: Tensor, routes_of_x: Routes | None = None) -> Tensor:
+            if routes is None:
+                return F.linear(x, weight)
+            return grouped_linear(x, weight, routes.memory_offsets, routes=routes_of_x)
 
-        out = dict(zip(self.local, product(x, self.weight).split(list(self.local.values()), -1)))
+        out = dict(zip(self.local, product(x, self.weight, routes).split(list(self.local.values()), -1)))
         if self.ranks:
-            lower = product(x, replicated(self.down)).split(list(self.ranks.values()), -1)
+            lower = product(x, replicated(self.down), routes).split(list(self.ranks.values()), -1)
             for (name, _), low in zip(self.ranks.items(), lower):
                 out[name] = product(low.contiguous(), getattr(self, f"up_{name}"))
         return out
@@ -200,32 +202,46 @@ class MixerCore(nn.Module):
         B, T, _ = x.shape
         heads = self.heads()
         positions = sequence_positions(B, T, cu_seqlens, x.device)
-        operands = self.tokens(x, self.replicated)
-        gate = operands.pop("gate", None)
+        tokens = self.tokens(x, self.replicated)
+        gate = tokens.pop("gate", None)
+        operands = {n: self._operand(n, value, heads, cu_seqlens, routes) for n, value in tokens.items()}
         if routes is not None:
-            operands = {name: gather(value.flatten(0, 1), routes).unsqueeze(0) for name, value in operands.items()}
-            if self.rows is not None:
-                rows = self.rows(gather(x.flatten(0, 1), routes), self.replicated, routes.memory_offsets)
-                operands |= {name: value.unsqueeze(0) for name, value in rows.items()}
             positions, cu_seqlens = positions.flatten()[routes.token].unsqueeze(0), routes.cu_seqlens
-        operands = {name: self._operand(name, value, heads, cu_seqlens) for name, value in operands.items()}
+            if self.rows is not None:
+                rows = self.rows(x.flatten(0, 1), self.replicated, routes)
+                operands |= {n: self._operand(n, value[None], heads, cu_seqlens) for n, value in rows.items()}
         p = {name: self.replicated(value) for name, value in self.shared().items()} | self.constants
         p |= {name: heads[name].view(shape) for name, shape in self.head_shapes.items()}
         o, _ = self.mixer.recur(
             **operands, p=p, state=None, return_state=False, cu_seqlens=cu_seqlens, positions=positions
         )
-        if routes is not None:
-            o = combine(o.squeeze(0), routes).unflatten(0, (B, T))
         if gate is not None:
-            gate = gate.unflatten(-1, (-1, self.specs["gate"].width))
-        return self.mixer.output(o, gate, p).flatten(2)
+            gate = gate.flatten(0, 1).unflatten(-1, (-1, self.specs["gate"].width))
+        return self.mixer.output(o.flatten(0, 1), gate, p, routes).view(B, T, -1)
 
-    def _operand(self, name: str, x: Tensor, heads: dict[str, Tensor], cu_seqlens: Tensor | None) -> Tensor:
+    def _operand(
+        self,
+        name: str,
+        x: Tensor,
+        heads: dict[str, Tensor],
+        cu_seqlens: Tensor | None,
+        routes: Routes | None = None,
+    ) -> Tensor:
+        """A projection's output ``[B, T, heads * width]`` as ``[B, T, heads, width]`` for the rule; with routes, of
+        tokens for rows."""
         spec: Projection = self.specs[name]
-        if spec.conv and self.mixer.config.conv_size:
-            x, _ = short_conv(x, heads[f"conv_{name}"], activation=spec.activation, cu_seqlens=cu_seqlens)
-        elif spec.activation:
-            x = F.silu(x)
+        weight = heads[f"conv_{name}"] if spec.conv and self.mixer.config.conv_size else None
+        if weight is not None or spec.activation or spec.normalize:
+            x, _ = short_conv(
+                x,
+                weight,
+                activation=spec.activation,
+                normalize=spec.width if spec.normalize else None,
+                cu_seqlens=cu_seqlens if routes is None else None,
+                routes=routes,
+            )
+        elif routes is not None:
+            x = gather(x.flatten(0, 1), routes).unsqueeze(0)
         return x.unflatten(-1, (-1, spec.width))
 
 

@@ -1,7 +1,7 @@
 """DeltaNet (arXiv 2406.06484): S_t = (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T."""
 
-from linear_moe.ops import delta_rule
-from linear_moe.ssm.mixer import Mixer, Projection, l2_norm, widen
+from linear_moe.ops import delta_rule, widen
+from linear_moe.ssm.mixer import Mixer, Projection
 
 
 class DeltaNet(Mixer):
@@ -13,16 +13,16 @@ class DeltaNet(Mixer):
     def projections(self):
         c = self.config
         return {
-            "q": Projection(width=c.head_dim, role="read", per="key", conv=True, activation="silu"),
-            "k": Projection(width=c.head_dim, role="write", per="key", conv=True, activation="silu"),
+            "q": Projection(width=c.head_dim, role="read", per="key", conv=True, activation="silu", normalize=True),
+            "k": Projection(width=c.head_dim, role="write", per="key", conv=True, activation="silu", normalize=True),
             "v": Projection(width=c.value_head_dim, role="write", conv=True, activation="silu"),
             "beta": Projection(width=1, role="write"),
         }
 
     def recur(self, q, k, v, beta, *, p, state, return_state, cu_seqlens, positions):
         return delta_rule(
-            l2_norm(q),
-            l2_norm(k),
+            q,
+            k,
             v,
             widen(beta.squeeze(-1)).sigmoid(),
             initial_state=state,

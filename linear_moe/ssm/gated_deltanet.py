@@ -5,9 +5,9 @@ import math
 import torch
 import torch.nn.functional as F
 
-from linear_moe.ops import delta_rule
+from linear_moe.ops import delta_rule, widen
 from linear_moe.ssm.deltanet import DeltaNet
-from linear_moe.ssm.mixer import HeadParameter, Projection, l2_norm, widen
+from linear_moe.ssm.mixer import HeadParameter, Projection
 
 
 def decay_parameters() -> dict[str, HeadParameter]:
@@ -41,8 +41,8 @@ class GatedDeltaNet(DeltaNet):
     def recur(self, q, k, v, beta, a, *, p, state, return_state, cu_seqlens, positions):
         g = -widen(p["A_log"]).exp() * F.softplus(widen(a.squeeze(-1)) + p["dt_bias"])
         return delta_rule(
-            l2_norm(q),
-            l2_norm(k),
+            q,
+            k,
             v,
             widen(beta.squeeze(-1)).sigmoid(),
             g,

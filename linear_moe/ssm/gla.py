@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from linear_moe.ops import linear_attention
-from linear_moe.ssm.mixer import HeadParameter, Mixer, Projection, widen
+from linear_moe.ops import linear_attention, widen
+from linear_moe.ssm.mixer import HeadParameter, Mixer, Projection
 
 
 class GatedLinearAttention(Mixer):

@@ -6,9 +6,9 @@ In this library's names C is q, B is k and x is v; Mamba-2's groups are the key 
 import torch
 import torch.nn.functional as F
 
-from linear_moe.ops import linear_attention
+from linear_moe.ops import combine, linear_attention, rms_norm, widen
 from linear_moe.ssm.gated_deltanet import decay_parameters
-from linear_moe.ssm.mixer import HeadParameter, Mixer, Projection, rms_norm, widen
+from linear_moe.ssm.mixer import HeadParameter, Mixer, Projection
 
 
 class Mamba2(Mixer):
@@ -56,7 +56,8 @@ class Mamba2(Mixer):
         )
         return o + p["D"][:, None].to(v.dtype) * v, state
 
-    def output(self, o, gate, p):
+    def output(self, o, gate, p, routes):
         """The gate comes first, then one RMS norm over all heads of a group."""
-        group = (o * F.silu(gate)).unflatten(2, (-1, self.config.num_value_heads // self.config.num_heads)).flatten(3)
-        return rms_norm(group, p["norm"].view(group.shape[2:]), self.config.norm_eps).view(o.shape)
+        o = o if routes is None else combine(o, routes)
+        group = (o * F.silu(gate)).unflatten(1, (-1, self.config.num_value_heads // self.config.num_heads)).flatten(2)
+        return rms_norm(group, p["norm"].view(group.shape[1:]), self.config.norm_eps).view(o.shape)

@@ -13,8 +13,9 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_type_hints
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from linear_moe.ops import Routes, gated_norm, widen
 
 Role = Literal["read", "write", "gate"]
 PER = Literal["key", "value"]
@@ -31,6 +32,7 @@ class Projection:
         per: whether there is one such vector per ``key`` head (H) or per ``value`` head (HV).
         conv: pass through the short causal convolution (if the mixer's ``conv_size`` > 0).
         activation: ``"silu"`` or None, applied after the convolution, or alone where there is none.
+        normalize: divide each head by its L2 norm, last of all.
         low_rank: factor the map through this many channels shared by all heads (0: a full matrix).
     """
 
@@ -39,6 +41,7 @@ class Projection:
     per: PER = "value"
     conv: bool = False
     activation: Literal["silu"] | None = None
+    normalize: bool = False
     low_rank: int = 0
 
 
@@ -174,7 +177,8 @@ class Mixer:
         """From the read and write operands (keyword arguments, by projection name) to the memory's answer.
 
         Args:
-            operands: ``[B, T, heads, width]`` each, after convolution and activation. A subclass names them.
+            operands: ``[B, T, heads, width]`` each, after convolution, activation and normalisation. A subclass names
+                them.
             p: the parameters, by name.
             state: ``[N, HV, K, V]`` or None; return_state: whether the final state is wanted.
             cu_seqlens: int32 ``[N + 1]`` or None; positions: int64 ``[B, T]``, each token's place in its sequence.
@@ -184,28 +188,16 @@ class Mixer:
         """
         raise NotImplementedError
 
-    def output(self, o: Tensor, gate: Tensor | None, p: Mapping[str, Tensor]) -> Tensor:
-        """Per-head RMS norm of the answer, then the output gate if the mixer projects one. o: ``[B, T, HV, V]``."""
-        o = rms_norm(o, p["norm"], self.config.norm_eps)
-        return o if gate is None else o * getattr(F, self.gate_activation)(gate)
+    def output(self, o: Tensor, gate: Tensor | None, p: Mapping[str, Tensor], routes: Routes | None) -> Tensor:
+        """Per-head RMS norm of the answer, then the output gate if the mixer projects one.
 
+        Args:
+            o: ``[tokens, HV, V]``, or with routes ``[rows, HV, V]``: combined first. gate: ``[tokens, HV, V]`` or None.
 
-def widen(x: Tensor) -> Tensor:
-    """x in at least float32: gates, decays and norms are never computed in less."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMS norm over the last dimension, computed in at least float32, in x's dtype. weight: ``[..., D]``."""
-    wide = widen(x)
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * weight).to(x.dtype)
-
-
-def l2_norm(x: Tensor) -> Tensor:
-    """``x / sqrt(|x|^2 + 1e-6)`` over the last dimension, computed in at least float32, in x's dtype."""
-    wide = widen(x)
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+        Returns:
+            ``[tokens, HV, V]``.
+        """
+        return gated_norm(o, p["norm"], gate, eps=self.config.norm_eps, activation=self.gate_activation, routes=routes)
 
 
 def rotary(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:

@@ -80,7 +80,7 @@ BAD = {
     "cu-start": ({"cu_seqlens": cu(1, 6)}, "cu_seqlens must run from 0 to T (6), not from 1 to 6"),
     "cu-end": ({"cu_seqlens": cu(0, 5)}, "cu_seqlens must run from 0 to T (6), not from 0 to 5"),
     "cu-order": ({"cu_seqlens": cu(0, 4, 3, 6)}, "cu_seqlens must not decrease: [0, 4, 3, 6]"),
-    "backend": ({"backend": "triton"}, "backend ('triton') must be one of ['auto', 'torch', 'reference']"),
+    "backend": ({"backend": "cuda"}, "backend ('cuda') must be one of ['auto', 'triton', 'torch', 'reference']"),
 }
 
 

@@ -45,7 +45,7 @@ def test_packed_without_reading_lengths(rule, monkeypatch, decay, layout):
 @pytest.mark.parametrize("decay", cases.DECAYS)
 def test_bf16(rule, decay):
     fresh_seed()
-    cases.assert_bf16(rule, cases.inputs(rule, decay, 2, 100))
+    cases.assert_bf16(rule, cases.inputs(rule, decay, 2, 100, heads=8 * cases.H))
 
 
 @pytest.mark.parametrize("decay", ("constant", "scalar", "channel"))

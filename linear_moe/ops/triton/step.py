@@ -1,0 +1,94 @@
+"""One token of a rule, for decoding, in one launch: the state is read once and written once."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import configure, kernel, launch
+
+RULES = ("linear_attention", "delta_rule")
+
+
+def step(rule, state, q, k, v, beta, g, *, scale, out_state=None):
+    """One token of `rule` for every sequence of a batch; without a backward.
+
+    state [B, HV, K, V] float32; q, k [B, H, K], HV a multiple of H; v [B, HV, V]; beta [B, HV] for the delta rule, else
+    None; g, the log decay, None, [HV], [B, HV] or [B, HV, K]. Returns (o [B, HV, V] in v's dtype, the new state), which
+    is `out_state` if that is given: contiguous, and `state` itself to update it in place. Raises ValueError for an
+    unknown rule, a missing or needless beta, or an out_state that does not fit.
+    """
+    _check(rule, state, beta, out_state)
+    (B, HV, K, V), H = state.shape, q.shape[1]
+    new = torch.empty(state.shape, dtype=torch.float32, device=state.device) if out_state is None else out_state
+    o = v.new_empty(B, HV, V)
+    # Slices of a fused projection are read where they lie: any stride but that of channels.
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    beta, decay = (None if x is None else x.expand(B, HV, *x.shape[2:]) for x in (beta, g))
+    if decay is not None and decay.ndim == 3 and decay.stride(-1) != 1:
+        decay = decay.contiguous()
+    strides = {f"S_{n}": _strides(x) for n, x in (("Q", q), ("K", k), ("V", v), ("BETA", beta), ("G", decay))}
+    options = configure("step", K, V, state.device)
+    launch(
+        _step, (B * HV * triton.cdiv(V, options["BV"]),), state.contiguous(), q, k, v, beta, decay, o, new,
+        SCALE=float(scale), H=H, HV=HV, K=K, V=V, BK=triton.next_power_of_2(K), **strides,
+        CHANNELS=decay is not None and decay.ndim == 3, **options,
+    )  # fmt: skip
+    return o, new
+
+
+def _check(rule, state, beta, out_state):
+    if rule not in RULES:
+        raise ValueError(f"step: rule ({rule!r}) must be one of {RULES}")
+    if (beta is None) != (rule == "linear_attention"):
+        raise ValueError(f"step: delta_rule takes beta and linear_attention none; {rule} got {type(beta).__name__}")
+    if out_state is not None and not (
+        out_state.shape == state.shape and out_state.dtype == torch.float32 and out_state.is_contiguous()
+    ):
+        raise ValueError(
+            f"step: out_state must be contiguous float32 {[*state.shape]}, not {out_state.dtype} "
+            f"{[*out_state.shape]} with strides {out_state.stride()}"
+        )
+
+
+def _strides(x):
+    """From batch to batch and from head to head."""
+    return None if x is None else x.stride()[:2]
+
+
+@kernel
+def _step(
+    p_state, p_q, p_k, p_v, p_beta, p_g, p_o, p_new,
+    SCALE: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    S_Q: tl.constexpr, S_K: tl.constexpr, S_V: tl.constexpr, S_BETA: tl.constexpr, S_G: tl.constexpr,
+    CHANNELS: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """A program updates K x BV of one head's state, in registers."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    i_s = (tl.program_id(0) // NV).to(tl.int64)
+    i_b, i_h = i_s // HV, i_s % HV
+    i_hk = i_h // (HV // H)
+    o_k, o_v = tl.arange(0, BK), tl.program_id(0) % NV * BV + tl.arange(0, BV)
+    m_k, m_v = o_k < K, o_v < V
+    o_S = (i_s * K + o_k[:, None]) * V + o_v[None, :]
+    m_S = m_k[:, None] & m_v[None, :]
+    # [BK, BV]
+    b_S = tl.load(p_state + o_S, mask=m_S, other=0).to(tl.float32)
+    # [BK]
+    b_q = tl.load(p_q + i_b * S_Q[0] + i_hk * S_Q[1] + o_k, mask=m_k, other=0).to(tl.float32)
+    b_k = tl.load(p_k + i_b * S_K[0] + i_hk * S_K[1] + o_k, mask=m_k, other=0).to(tl.float32)
+    # [BV]
+    b_v = tl.load(p_v + i_b * S_V[0] + i_h * S_V[1] + o_v, mask=m_v, other=0).to(tl.float32)
+    if p_g is not None:
+        p_g += i_b * S_G[0] + i_h * S_G[1]
+        if CHANNELS:
+            # [BK]
+            b_S *= tl.exp(tl.load(p_g + o_k, mask=m_k, other=0).to(tl.float32))[:, None]
+        else:
+            b_S *= tl.exp(tl.load(p_g).to(tl.float32))
+    if p_beta is not None:
+        b_beta = tl.load(p_beta + i_b * S_BETA[0] + i_h * S_BETA[1]).to(tl.float32)
+        b_v = b_beta * (b_v - tl.sum(b_k[:, None] * b_S, 0))
+    b_S += b_k[:, None] * b_v[None, :]
+    b_o = SCALE * tl.sum(b_q[:, None] * b_S, 0)
+    tl.store(p_o + i_s * V + o_v, b_o.to(p_o.dtype.element_ty), mask=m_v)
+    tl.store(p_new + o_S, b_S, mask=m_S)

@@ -1,0 +1,52 @@
+"""A whole layer body on the kernels against the same on torch: what the ops pass to each other fits together."""
+
+import pytest
+import torch
+
+from linear_moe.mom import MoMConfig, Router, make_routes
+from linear_moe.ops import api
+from linear_moe.ssm.core import MixerCore
+from linear_moe.ssm.registry import mixer_class
+from tests.helpers import fresh_seed, rel_err
+
+D = 32
+
+
+def run(core, router, mom, x, cu_seqlens):
+    """{name: tensor} of the layer's output and every gradient."""
+    routes = None
+    if mom:
+        routes = make_routes(router(x.flatten(0, 1), lambda p: p), mom, x.shape[:2], cu_seqlens, 1.0)
+    y = core(x, routes=routes, cu_seqlens=cu_seqlens)
+    leaves = {"x": x} | dict(core.named_parameters()) | (dict(router.named_parameters(prefix="router")) if mom else {})
+    grads = torch.autograd.grad((y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum(), list(leaves.values()))
+    return {"y": y} | dict(zip(leaves, grads))
+
+
+@pytest.mark.parametrize("packed", (False, True), ids=("dense", "packed"))
+@pytest.mark.parametrize("memories", (0, 3), ids=("plain", "mom"))
+@pytest.mark.parametrize("name", ("gated_deltanet", "gla", "mamba2"))
+def test_layer_matches_torch(monkeypatch, name, memories, packed):
+    fresh_seed()
+    mixer = mixer_class(name)
+    config = mixer.make_config(D, 2, {"num_heads": 2, "head_dim": 8, "value_head_dim": 12, "conv_size": 4})
+    mom = MoMConfig(memories=memories) if memories else None
+    core = MixerCore(mixer(config, 0, 2), D, memories=mom.projections if mom else 0)
+    core.initialize(lambda w: w.normal_(std=0.2))
+    router = Router(D, memories, 2, dtype=torch.float32, device="cpu") if mom else None
+    if mom:
+        torch.nn.init.normal_(router.weight)
+    cu_seqlens = torch.tensor([0, 20, 20, 75], dtype=torch.int32) if packed else None
+    x = torch.randn(1 if packed else 2, 75, D, requires_grad=True)
+    expected = run(core, router, mom, x, cu_seqlens)
+    chosen = []
+
+    def triton(op, backend, x, *widths):
+        chosen.append(op)
+        return "triton"
+
+    monkeypatch.setattr(api, "choose_backend", triton)
+    found = run(core, router, mom, x, cu_seqlens)
+    assert {"route", "grouped_linear"} <= set(chosen) if mom else "short_conv" in chosen
+    wrong = {n: rel_err(found[n], expected[n]) for n in expected if not rel_err(found[n], expected[n]) < 1e-4}
+    assert not wrong
