@@ -72,8 +72,8 @@ def test_mixer_computes_its_formula(name, seed):
     specs = {n: s for n, s in mixer.projections().items() if s.role != "gate"}
     x = {n: torch.randn(T, mixer.heads(s.per), s.width, dtype=torch.float64) for n, s in specs.items()}
     p = {n: s.init(mixer.heads(s.per)).double() for n, s in mixer.parameters_per_head().items()}
-    o, _ = mixer.recur(
-        **{n: value[None] for n, value in x.items()},
+    o, _ = mixer.recur(  # the layer normalises what the projections say
+        **{n: (l2(value) if specs[n].normalize else value)[None] for n, value in x.items()},
         p=p,
         state=None,
         return_state=False,
@@ -112,11 +112,11 @@ def test_alibi_slopes():
 def test_mamba2_norms_over_a_group_after_the_gate(seed):
     cls = mixer_class("mamba2")
     mixer = cls(cls.make_config(32, 2, {}))
-    o, gate = torch.randn(2, 1, 3, 4, 16, dtype=torch.float64)
-    group = (o * F.silu(gate)).view(1, 3, 2, 32)
+    o, gate = torch.randn(2, 3, 4, 16, dtype=torch.float64)
+    group = (o * F.silu(gate)).view(3, 2, 32)
     group = group / (group.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     weight = torch.rand(4, 16, dtype=torch.float64)
-    assert rel_err(mixer.output(o, gate, {"norm": weight}), group.view_as(o) * weight) < 1e-12
+    assert rel_err(mixer.output(o, gate, {"norm": weight}, None), group.view_as(o) * weight) < 1e-12
 
 
 def test_linear_attention_normalised_is_an_average(seed):
