@@ -35,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--mixer-args", type=_json_object, default={}, help='the mixer\'s options as JSON, such as {"head_dim": 64}'
     )
     group.add_argument(
+        "--mixer-recompute",
+        action="store_true",
+        help="keep the short convolutions' inputs only, and make the rule's operands again in the backward",
+    )
+    group.add_argument(
         "--layer-pattern",
         default="L",
         help="one letter a layer, L (linear mixer) or N (softmax attention), repeated to --num-layers, such as LLLN",
@@ -105,7 +110,7 @@ def layer_options(args) -> LayerOptions:
             balance_coeff=args.mom_balance_coeff,
             z_loss_coeff=args.mom_z_loss_coeff,
         )
-    return LayerOptions(pattern, mixer, mixer_config, mom)
+    return LayerOptions(pattern, mixer, mixer_config, mom, args.mixer_recompute)
 
 
 def check_arguments(args) -> None:

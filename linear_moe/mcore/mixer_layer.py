@@ -46,6 +46,7 @@ class MixerLayer(MegatronModule):
     Args:
         config, submodules, layer_number (from 1), pg_collection: as Megatron gives them to self-attention.
         mixer: the mixer's class. mixer_config: its options. mom: Mixture-of-Memories, or None.
+        recompute: see MixerCore.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class MixerLayer(MegatronModule):
         mixer: type[Mixer],
         mixer_config: Mixer.Config,
         mom: MoMConfig | None,
+        recompute: bool = False,
         pg_collection=None,
         name: str | None = None,
         **kwargs,
@@ -77,6 +79,7 @@ class MixerLayer(MegatronModule):
             shards=self.tp_group.size(),
             shard=self.tp_group.rank(),
             replicated=self._replicated,
+            recompute=recompute,
             **factory,
         )
         if mom:

@@ -34,13 +34,14 @@ class LayerOptions:
 
     Args:
         pattern: one letter a layer, as long as the model is deep. mixer, mixer_config: the L layers' mixer and its
-        options. mom: Mixture-of-Memories in the L layers, or None.
+        options. mom: Mixture-of-Memories in the L layers, or None. recompute: see MixerCore.
     """
 
     pattern: str
     mixer: type[Mixer]
     mixer_config: Mixer.Config
     mom: MoMConfig | None
+    recompute: bool = False
 
 
 def expand_pattern(pattern: str, num_layers: int) -> str:
@@ -109,7 +110,12 @@ def _with_mixer(softmax: TransformerLayerSubmodules, options: LayerOptions, use_
     linear_proj = softmax.self_attention.submodules.linear_proj if use_te else RowParallelLinear
     mixer = ModuleSpec(
         module=MixerLayer,
-        params={"mixer": options.mixer, "mixer_config": options.mixer_config, "mom": options.mom},
+        params={
+            "mixer": options.mixer,
+            "mixer_config": options.mixer_config,
+            "mom": options.mom,
+            "recompute": options.recompute,
+        },
         submodules=MixerLayerSubmodules(linear_proj=linear_proj),
     )
     keys = {name: key for name, key in softmax.sharded_state_dict_keys_map.items() if name != "input_layernorm."}

@@ -8,6 +8,7 @@ body serves Mixture-of-Memories: the write projections then exist once per memor
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from linear_moe.ops import Routes, gather, grouped_linear, short_conv
 from linear_moe.ssm.mixer import Mixer, Projection
+from linear_moe.ssm.recompute import Recompute
 
 Sections = dict[str, int]
 
@@ -80,6 +82,7 @@ class MixerCore(nn.Module):
         mixer: the mixer, for all heads. hidden_size: D.
         memories: how many memories have write projections of their own (the shared one included); 0 for none.
         shards, shard: tensor-parallel size and rank. replicated: applied to parameters that all shards copy.
+        recompute: make the rule's operands again in the backward from the projections' outputs; do not keep both.
 
     Raises:
         ValueError: heads that the number of shards does not divide.
@@ -94,6 +97,7 @@ class MixerCore(nn.Module):
         shards: int = 1,
         shard: int = 0,
         replicated: Callable[[Tensor], Tensor] = lambda parameter: parameter,
+        recompute: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ):
@@ -105,6 +109,7 @@ class MixerCore(nn.Module):
                     f"mixer option {name} ({mixer.heads(per)}) must be divisible by the tensor parallel size ({shards})"
                 )
         self.mixer, self.shards, self.shard, self.replicated = mixer, shards, shard, replicated
+        self.recompute = recompute
         factory = {"dtype": dtype, "device": device}
         self.specs = mixer.projections()
         per_memory = {n for n, s in self.specs.items() if memories and s.role == "write"}
@@ -204,17 +209,19 @@ class MixerCore(nn.Module):
         positions = sequence_positions(B, T, cu_seqlens, x.device)
         tokens = self.tokens(x, self.replicated)
         gate = tokens.pop("gate", None)
-        operands = {n: self._operand(n, value, heads, cu_seqlens, routes) for n, value in tokens.items()}
+        made: list[tuple[Tensor, Callable[[], Tensor]]] = []  # what short_conv returned, and how
+        operands = {n: self._operand(n, value, heads, made, cu_seqlens, routes) for n, value in tokens.items()}
         if routes is not None:
             positions, cu_seqlens = positions.flatten()[routes.token].unsqueeze(0), routes.cu_seqlens
             if self.rows is not None:
                 rows = self.rows(x.flatten(0, 1), self.replicated, routes)
-                operands |= {n: self._operand(n, value[None], heads, cu_seqlens) for n, value in rows.items()}
+                operands |= {n: self._operand(n, value[None], heads, made, cu_seqlens) for n, value in rows.items()}
         p = {name: self.replicated(value) for name, value in self.shared().items()} | self.constants
         p |= {name: heads[name].view(shape) for name, shape in self.head_shapes.items()}
-        o, _ = self.mixer.recur(
-            **operands, p=p, state=None, return_state=False, cu_seqlens=cu_seqlens, positions=positions
-        )
+        with Recompute(made) if self.recompute else nullcontext():
+            o, _ = self.mixer.recur(
+                **operands, p=p, state=None, return_state=False, cu_seqlens=cu_seqlens, positions=positions
+            )
         if gate is not None:
             gate = gate.flatten(0, 1).unflatten(-1, (-1, self.specs["gate"].width))
         return self.mixer.output(o.flatten(0, 1), gate, p, routes).reshape(B, T, -1)
@@ -224,6 +231,7 @@ class MixerCore(nn.Module):
         name: str,
         x: Tensor,
         heads: dict[str, Tensor],
+        made: list[tuple[Tensor, Callable[[], Tensor]]],
         cu_seqlens: Tensor | None,
         routes: Routes | None = None,
     ) -> Tensor:
@@ -232,14 +240,11 @@ class MixerCore(nn.Module):
         spec: Projection = self.specs[name]
         weight = heads[f"conv_{name}"] if spec.conv and self.mixer.config.conv_size else None
         if weight is not None or spec.activation or spec.normalize:
-            x, _ = short_conv(
-                x,
-                weight,
-                activation=spec.activation,
-                normalize=spec.width if spec.normalize else None,
-                cu_seqlens=cu_seqlens if routes is None else None,
-                routes=routes,
-            )
+            options = {"activation": spec.activation, "normalize": spec.width if spec.normalize else None}
+            options |= {"routes": routes, "cu_seqlens": cu_seqlens if routes is None else None}
+            projected = x
+            x, _ = short_conv(projected, weight, **options)
+            made.append((x, lambda: short_conv(projected, weight, **options)[0]))
         elif routes is not None:
             x = gather(x.flatten(0, 1), routes).unsqueeze(0)
         return x.unflatten(-1, (-1, spec.width))
