@@ -6,6 +6,7 @@ extras = {
     "eval": ["lm-eval>=0.4.8"],
     "look": ["matplotlib>=3.9", "tensorboard>=2.17"],
     "gpu": ["transformer-engine[pytorch]>=2.0"],
+    "peers": ["flash-linear-attention==0.6.0", "flash-qla==0.1.3", "tilelang"],  # what benchmarks compare with
 }
 extras["dev"] = [*extras["data"], *extras["hf"], *extras["look"], "pytest>=8.3", "ruff==0.17.5"]
 
@@ -18,6 +19,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12",
     packages=find_packages(include=["linear_moe", "linear_moe.*"]),
+    package_data={"linear_moe.ops.triton": ["tuning.json"]},
     install_requires=[
         "megatron-core>=0.19.2,<0.21",
         "numpy",

@@ -164,7 +164,10 @@ def step(rule, state, q, k, v, beta=None, g=None, *, scale=None, backend="auto")
         raise ValueError(f"step: rule ({rule!r}) must be one of {sorted(RULES)}")
     check_step(rule, state, q, k, v, beta, g)
     scale = k.shape[-1] ** -0.5 if scale is None else scale
-    backend = choose_backend("step", backend, v, k.shape[-1], v.shape[-1])
+    operands = [x for x in (state, q, k, v, beta, g) if x is not None]
+    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in operands)
+    obstacle = "one-token steps have no backward; decode under torch.no_grad()" if differentiated else None
+    backend = choose_backend("step", backend, v, k.shape[-1], v.shape[-1], obstacle=obstacle)
     if backend == "triton":
         return kernels("step").step(rule, state, q, k, v, beta, g, scale=scale)
     if backend == "torch":

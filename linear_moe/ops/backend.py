@@ -12,10 +12,10 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_WIDTH = 256  # of the heads of a rule's kernels
 
 
-def choose_backend(op, backend, x, *widths):
-    """ "triton", "torch" or "reference" for an op on x, whose heads have those widths.
+def choose_backend(op, backend, x, *widths, obstacle=None):
+    """What runs an op on x, whose heads have those widths: "triton", "torch" or "reference".
 
-    "auto" takes Triton for CUDA tensors; where it cannot, it warns once and says why. Raises ValueError for an unknown
+    `obstacle`: why the op's kernels cannot run this, where the caller knows. "auto" takes Triton for CUDA tensors; where it cannot, it warns once and says why. Raises ValueError for an unknown
     backend, or for "triton" where it cannot run.
     """
     if backend not in BACKENDS:
@@ -23,11 +23,11 @@ def choose_backend(op, backend, x, *widths):
     if backend == "auto":
         if x.device.type != "cuda":
             return "torch"
-        reason = _obstacle(x, widths)
+        reason = obstacle or _obstacle(x, widths)
         if reason:
             _warn_once(f"{op} falls back to torch, which is slower and needs more memory: {reason}")
         return "torch" if reason else "triton"
-    if backend == "triton" and (reason := _obstacle(x, widths)):
+    if backend == "triton" and (reason := obstacle or _obstacle(x, widths)):
         raise ValueError(f"{op}: backend 'triton' cannot run: {reason}")
     return backend
 

@@ -1,4 +1,4 @@
-"""python tests/gpu/check.py cuda|cpu: every rule, grouped_linear and a model's loss on the device against the CPU."""
+"""python tests/gpu/check.py cuda|cpu: every rule, step, layer and a model's loss on the device against the CPU."""
 
 import sys
 
@@ -6,6 +6,9 @@ import torch
 
 import linear_moe
 from linear_moe import ops
+from linear_moe.mom import MoMConfig, Router, make_routes
+from linear_moe.ssm import mixer_class
+from linear_moe.ssm.core import MixerCore
 from tests.helpers import rel_err
 
 HEADS, K, V, LENGTHS = 2, 16, 16, [70, 0, 1, 130]
@@ -18,24 +21,97 @@ DECAYS = {
 
 
 def check_rules(device: str) -> None:
+    """In float32 and bfloat16, forward and every gradient; packed, with empty sequences; and one step after another."""
     cu = torch.tensor([0, *LENGTHS]).cumsum(0).int()
     for rule in ("linear_attention", "delta_rule"):
         for name, shape in DECAYS.items():
             q, k, v = torch.randn(3, 1, sum(LENGTHS), HEADS, K)
             x = {"q": q, "k": torch.nn.functional.normalize(k, dim=-1), "v": v}
+            x = {n: t.bfloat16().float() for n, t in x.items()}
             if rule == "delta_rule":
                 x["beta"] = torch.rand(1, sum(LENGTHS), HEADS)
             if shape:
                 x["g"] = -torch.rand(shape) * 5
             direction, results = torch.randn(v.shape, dtype=torch.float64), []
-            for where, dtype, backend in (("cpu", torch.float64, "reference"), (device, torch.float32, "auto")):
-                leaves = {n: t.to(where, dtype).requires_grad_() for n, t in x.items()}
+            for where, dtype, backend in (
+                ("cpu", torch.float64, "reference"),
+                (device, torch.float32, "auto"),
+                (device, torch.bfloat16, "auto"),
+            ):
+                wide = torch.promote_types(dtype, torch.float32)  # of gates
+                leaves = {n: t.to(where, dtype if n in ("q", "k", "v") else wide) for n, t in x.items()}
+                leaves = {n: t.requires_grad_() for n, t in leaves.items()}
                 o, _ = getattr(ops, rule)(**leaves, cu_seqlens=cu.to(where), backend=backend)
-                grads = torch.autograd.grad((o * direction.to(where, dtype)).sum(), list(leaves.values()))
-                results.append([o.cpu(), *(grad.cpu() for grad in grads)])
-            errors = [rel_err(ours, expected) for expected, ours in zip(*results)]
-            print(f"{rule} {name}: " + " ".join(f"{error:.1e}" for error in errors))
-            assert errors[0] < 1e-5 and max(errors) < 1e-4
+                loss = (o.double() * direction.to(where)).sum()
+                results.append([o.cpu(), *(grad.cpu() for grad in torch.autograd.grad(loss, list(leaves.values())))])
+            for ours, forward, gradient in zip(results[1:], (1e-5, 1e-2), (1e-4, 2e-2)):
+                errors = [rel_err(a, b) for a, b in zip(ours, results[0])]
+                print(f"{rule} {name}: " + " ".join(f"{error:.1e}" for error in errors))
+                assert errors[0] < forward and max(errors) < gradient
+            check_steps(device, rule, {n: t.detach() for n, t in x.items()})
+
+
+def check_steps(device: str, rule: str, x: dict) -> None:
+    x = {n: t[:, :20].to(device) if t.ndim > 1 else t.to(device) for n, t in x.items()}
+    whole, final = getattr(ops, rule)(**x, return_state=True, backend="reference")
+    state, outputs = torch.zeros_like(final), []
+    for t in range(whole.shape[1]):
+        o, state = ops.step(rule, state, **{n: y[:, t] if y.ndim > 1 else y for n, y in x.items()})
+        outputs.append(o)
+    assert rel_err(torch.stack(outputs, 1), whole) < 1e-5 and rel_err(state, final) < 1e-5
+
+
+def check_layer(device: str) -> None:
+    """A Mixture-of-Memories layer in float32 against the CPU; on CUDA also captured in a graph and replayed."""
+    for name in ("gated_deltanet", "gla"):
+        hidden, direction = torch.randn(2, 2, 150, 64)
+        expected = layer_run(name, "cpu", hidden, direction)[1]()
+        x, run = layer_run(name, device, hidden, direction)
+        found = [t.cpu() for t in run()]
+        error = max(rel_err(a, b) for a, b in zip(found, expected))
+        print(f"MoM over {name}: {error:.1e}")
+        assert error < 1e-4
+        if device == "cuda":
+            check_graph(run, x, found)
+
+
+def layer_run(name: str, device: str, hidden, direction):
+    """(its input, function that runs a layer forward and backward and returns output and gradients)."""
+    mixer, mom = mixer_class(name), MoMConfig(memories=4)
+    config = mixer.make_config(64, 2, {"num_heads": 2, "conv_size": 4})
+    torch.manual_seed(1)
+    core = MixerCore(mixer(config, 0, 2), 64, memories=mom.projections)
+    core.initialize(lambda w: w.normal_(std=0.2))
+    router = Router(64, 4, 2, dtype=torch.float32, device="cpu")
+    torch.nn.init.normal_(router.weight)
+    core, router, x = core.to(device), router.to(device), hidden.to(device).requires_grad_()
+    leaves, towards = [x, *core.parameters(), *router.parameters()], direction.to(device)
+
+    def run():
+        routes = make_routes(router(x.flatten(0, 1), lambda p: p), mom, x.shape[:2], None, 1.0)
+        y = core(x, routes=routes)
+        return [y.detach(), *torch.autograd.grad(y, leaves, towards)]
+
+    return x, run
+
+
+def check_graph(run, x, expected) -> None:
+    """Captured once, replayed with other input and then the first one's: bit for bit what ran before."""
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph, first = torch.cuda.CUDAGraph(), x.detach().clone()
+    with torch.cuda.graph(graph):
+        captured = run()
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+    graph.replay()
+    with torch.no_grad():
+        x.copy_(first)
+    graph.replay()
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(captured, expected)), "a replayed graph differs"
 
 
 def check_grouped(device: str) -> None:
@@ -68,5 +144,6 @@ if __name__ == "__main__":
     device = sys.argv[1]
     check_rules(device)
     check_grouped(device)
+    check_layer(device)
     check_model(device)
     print("all agree")

@@ -6,6 +6,7 @@ the entries of the GPU it runs on.
 """
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 
@@ -45,3 +46,11 @@ def nearest(architecture):
     # 8.6, 8.9 and 12.x have far less shared memory than the data centre chips of their generation
     older = [a for a in table() if a.startswith("sm_") and int(a.removeprefix("sm_")) <= number]
     return max(older, key=lambda a: int(a.removeprefix("sm_"))) if older and number < 120 else "sm_80"
+
+
+def save(entries):
+    """Writes the table, one set of options a line, and forgets what was read before."""
+    text = json.dumps(entries, indent=1, sort_keys=True)
+    TABLE.write_text(re.sub(r"\{[^{}]*\}", lambda options: " ".join(options[0].split()), text) + "\n")
+    table.cache_clear()
+    lookup.cache_clear()
