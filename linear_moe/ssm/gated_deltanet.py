@@ -10,12 +10,15 @@ from linear_moe.ssm.deltanet import DeltaNet
 from linear_moe.ssm.mixer import HeadParameter, Projection
 
 
-def decay_parameters() -> dict[str, HeadParameter]:
-    """Mamba-2's A_log and dt_bias: A uniform in [1, 16], softplus(dt_bias) log-uniform in [0.001, 0.1]."""
+def decay_parameters(channels: int | None = None) -> dict[str, HeadParameter]:
+    """Mamba-2's A_log and dt_bias: A uniform in [1, 16], softplus(dt_bias) log-uniform in [0.001, 0.1].
+
+    dt_bias is ``[heads]``, or ``[heads, channels]`` for a decay a channel.
+    """
 
     def dt_bias(heads: int) -> torch.Tensor:
         low, high = math.log(1e-3), math.log(1e-1)
-        dt = torch.exp(low + (high - low) * torch.rand(heads))
+        dt = torch.exp(low + (high - low) * torch.rand(heads if channels is None else (heads, channels)))
         return dt + torch.log(-torch.expm1(-dt))  # the inverse of softplus
 
     return {

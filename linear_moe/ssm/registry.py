@@ -15,6 +15,7 @@ MIXERS = {
     "mamba2": "linear_moe.ssm.mamba2:Mamba2",
     "deltanet": "linear_moe.ssm.deltanet:DeltaNet",
     "gated_deltanet": "linear_moe.ssm.gated_deltanet:GatedDeltaNet",
+    "kda": "linear_moe.ssm.kda:KimiDeltaAttention",
 }
 
 

@@ -23,11 +23,13 @@ def build(name, memories=0, dtype=torch.float64, **kwargs):
 def copy_to_memories(plain, many):
     """The plain core's projections, given to every memory of another core."""
     weights = dict(zip(plain.tokens.local, plain.tokens.weight.split(list(plain.tokens.local.values()))))
+    downs = plain.tokens.down.split(list(plain.tokens.ranks.values())) if plain.tokens.ranks else ()
+    downs = dict(zip(plain.tokens.ranks, downs))
     with torch.no_grad():
         for fused in filter(None, (many.tokens, many.rows)):
             fused.weight.copy_(torch.cat([weights[name] for name in fused.local]))
             if fused.ranks:
-                fused.down.copy_(plain.tokens.down)
+                fused.down.copy_(torch.cat([downs[name] for name in fused.ranks]))
             for name in fused.ranks:
                 getattr(fused, f"up_{name}").copy_(getattr(plain.tokens, f"up_{name}"))
         for name, parameter in many.heads().items():

@@ -58,6 +58,9 @@ def expected(name, x, p):
     beta = x["beta"][..., 0].sigmoid()
     if name == "deltanet":
         return loop(l2(q), l2(k), v, ones, beta)
+    if name == "kda":
+        g = -p["A_log"].exp()[:, None] * F.softplus(x["a"] + p["dt_bias"])
+        return loop(l2(q), l2(k), v, torch.exp(g), beta)
     if name == "gated_deltanet":
         g = -p["A_log"].exp() * F.softplus(x["a"][..., 0] + p["dt_bias"])
         return loop(l2(q), l2(k), v, torch.exp(g)[..., None] * ones, beta)
