@@ -61,7 +61,7 @@ def _mixer(hidden: int, options) -> int:
         if spec.conv and spec.role != "gate":
             total += 2 * width * config.conv_size * rows
     values = config.num_value_heads * config.value_head_dim
-    total += mixer.rule_flops * config.head_dim * values * rows
+    total += mixer.rule_flops * mixer.key_channels * values * rows
     return total + 2 * values * hidden  # output projection
 
 

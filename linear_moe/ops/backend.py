@@ -15,8 +15,9 @@ MAX_WIDTH = 256  # of the heads of a rule's kernels
 def choose_backend(op, backend, x, *widths, obstacle=None):
     """What runs an op on x, whose heads have those widths: "triton", "torch" or "reference".
 
-    `obstacle`: why the op's kernels cannot run this, where the caller knows. "auto" takes Triton for CUDA tensors; where it cannot, it warns once and says why. Raises ValueError for an unknown
-    backend, or for "triton" where it cannot run.
+    `obstacle`: why the op's kernels cannot run this, where the caller knows. "auto" takes Triton for CUDA tensors;
+    where it cannot, it warns once and says why. Raises ValueError for an unknown backend, or for "triton" where it
+    cannot run.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend ({backend!r}) must be one of {list(BACKENDS)}")

@@ -149,6 +149,11 @@ class Mixer:
             )
         return cls.Config(**{**cls.default_options(hidden_size, heads), **options})
 
+    @property
+    def key_channels(self) -> int:
+        """K of a head's state, after any feature map."""
+        return self.config.head_dim
+
     def heads(self, per: PER) -> int:
         """Number of heads of the whole model of that kind."""
         return self.config.num_heads if per == "key" else self.config.num_value_heads

@@ -20,8 +20,8 @@ def l2(x):
 
 def loop(q, k, v, decay, beta=None, scale=K**-0.5):
     """decay ``[T, HV, K]`` multiplies the state's key channels; beta ``[T, HV]`` makes it a delta rule."""
-    S = torch.zeros(HV, K, V, dtype=q.dtype)
-    q, k = (x.repeat_interleave(HV // H, 1) for x in (q, k))
+    S = torch.zeros(HV, q.shape[-1], v.shape[-1], dtype=q.dtype)
+    q, k = (x.repeat_interleave(HV // x.shape[1], 1) for x in (q, k))
     o = []
     for t in range(T):
         S = S * decay[t, :, :, None]
@@ -36,7 +36,7 @@ def loop(q, k, v, decay, beta=None, scale=K**-0.5):
 def expected(name, x, p):
     """The formula of MATHS.md, written out once more."""
     ones = torch.ones(T, HV, K, dtype=torch.float64)
-    q, k, v = x["q"], x["k"], x["v"]
+    q, k, v = x["q"], x.get("k"), x["v"]
     h = torch.arange(HV).double()
     if name == "linear_attention":
         return loop(F.elu(q) + 1, F.elu(k) + 1, v, ones)
@@ -55,6 +55,17 @@ def expected(name, x, p):
         dt = F.softplus(x["dt"][..., 0] + p["dt_bias"])
         decay = torch.exp(-p["A_log"].exp() * dt)[..., None] * ones
         return loop(q, k, dt[..., None] * v, decay, scale=1.0) + p["D"][:, None] * v
+    if name == "hgrn2":
+        bound = p["lower_bound"].sigmoid()
+        f = bound + (1 - bound) * x["a"].sigmoid()
+        return loop(q, 1 - f, v, f, scale=1.0)
+    if name in ("based", "rebased"):
+        q, k = (y.repeat_interleave(HV // H, 1) for y in (q, k))
+        if name == "rebased":
+            q, k = ((y - y.mean(-1, keepdim=True)) / (y.var(-1, False, keepdim=True) + 1e-5).sqrt() for y in (q, k))
+        s = torch.einsum("thk,shk->hts", q, k) * K**-0.5
+        weights = (1 + s + s.square() / 2 if name == "based" else s.square()).tril()
+        return torch.einsum("hts,shv->thv", weights, v) / (weights.sum(-1).mT[..., None] + 1e-6)
     beta = x["beta"][..., 0].sigmoid()
     if name == "deltanet":
         return loop(l2(q), l2(k), v, ones, beta)
@@ -70,11 +81,12 @@ def expected(name, x, p):
 @pytest.mark.parametrize("name", MIXERS)
 def test_mixer_computes_its_formula(name, seed):
     cls = mixer_class(name)
-    options = {"num_heads": H, "num_value_heads": HV, "head_dim": K, "value_head_dim": V}
+    options = {"num_heads": HV if name == "hgrn2" else H, "num_value_heads": HV, "head_dim": K, "value_head_dim": V}
     mixer = cls(cls.make_config(32, 4, options), layer=1, num_layers=4)
     specs = {n: s for n, s in mixer.projections().items() if s.role != "gate"}
     x = {n: torch.randn(T, mixer.heads(s.per), s.width, dtype=torch.float64) for n, s in specs.items()}
     p = {n: s.init(mixer.heads(s.per)).double() for n, s in mixer.parameters_per_head().items()}
+    p |= {n: init().double() for n, init in mixer.shared_parameters().items()}
     o, _ = mixer.recur(  # the layer normalises what the projections say
         **{n: (l2(value) if specs[n].normalize else value)[None] for n, value in x.items()},
         p=p,
@@ -94,6 +106,7 @@ def test_state_carries_a_sequence(name, seed):
     specs = {n: s for n, s in mixer.projections().items() if s.role != "gate"}
     x = {n: torch.randn(1, T, mixer.heads(s.per), s.width, dtype=torch.float64) for n, s in specs.items()}
     p = {n: s.init(mixer.heads(s.per)).double() for n, s in mixer.parameters_per_head().items()}
+    p |= {n: init().double() for n, init in mixer.shared_parameters().items()}
 
     def run(start, stop, state):
         part = {n: value[:, start:stop] for n, value in x.items()}

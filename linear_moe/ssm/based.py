@@ -1,0 +1,68 @@
+"""Based (arXiv 2402.18668): S_t = S_{t-1} + phi(k_t) v_t^T, phi the second-order Taylor expansion of exp."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from linear_moe.ops import combine, linear_attention
+from linear_moe.ssm.mixer import Mixer, Projection
+
+
+def squares(x: Tensor, itself: float, pairs: float) -> Tensor:
+    """All products x_i x_j, i <= j, ``[..., D (D + 1) / 2]``: i = j times ``itself``, i < j times ``pairs``.
+
+    With 1 and sqrt(2) the inner product of two such vectors is the square of the vectors' own.
+    """
+    i, j = torch.triu_indices(x.shape[-1], x.shape[-1], 1, device=x.device)
+    return torch.cat([itself * x.square(), pairs * x[..., i] * x[..., j]], -1)
+
+
+def normalized_attention(q, k, v, *, state, return_state, cu_seqlens):
+    """Linear attention without decay, divided by q . (sum of k), which is carried as one more value column."""
+    v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+    o, state = linear_attention(
+        q, k, v, scale=1.0, initial_state=state, return_state=return_state, cu_seqlens=cu_seqlens
+    )
+    return o[..., :-1] / (o[..., -1:] + 1e-6), state
+
+
+class Based(Mixer):
+    rule = "S + phi(k) v^T, phi(q).phi(k) = 1 + x + x^2 / 2 of x = q.k / sqrt(K); divided by q.sum(k)"
+    paper = "arXiv 2402.18668"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Mixer.Config):
+        """head_dim: before the feature map, 16 unless given; the state has 1 + K + K (K + 1) / 2 key channels."""
+
+    @classmethod
+    def default_options(cls, hidden_size, num_attention_heads):
+        return {**super().default_options(hidden_size, num_attention_heads), "head_dim": 16}
+
+    @property
+    def key_channels(self):
+        K = self.config.head_dim
+        return 1 + K + K * (K + 1) // 2
+
+    def projections(self):
+        c = self.config
+        return {
+            "q": Projection(width=c.head_dim, role="read", per="key", conv=True),
+            "k": Projection(width=c.head_dim, role="write", per="key", conv=True),
+            "v": Projection(width=c.value_head_dim, role="write", conv=True),
+        }
+
+    def shared_parameters(self):
+        return {}
+
+    def feature_map(self, x: Tensor) -> Tensor:
+        x = x * x.shape[-1] ** -0.25
+        return torch.cat([torch.ones_like(x[..., :1]), x, squares(x, 0.5**0.5, 1.0)], -1)
+
+    def recur(self, q, k, v, *, p, state, return_state, cu_seqlens, positions):
+        q, k = self.feature_map(q), self.feature_map(k)
+        return normalized_attention(q, k, v, state=state, return_state=return_state, cu_seqlens=cu_seqlens)
+
+    def output(self, o, gate, p, routes):
+        """The quotient is normalised already."""
+        return o if routes is None else combine(o, routes)
