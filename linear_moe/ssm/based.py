@@ -9,24 +9,6 @@ from linear_moe.ops import combine, linear_attention
 from linear_moe.ssm.mixer import Mixer, Projection
 
 
-def squares(x: Tensor, itself: float, pairs: float) -> Tensor:
-    """All products x_i x_j, i <= j, ``[..., D (D + 1) / 2]``: i = j times ``itself``, i < j times ``pairs``.
-
-    With 1 and sqrt(2) the inner product of two such vectors is the square of the vectors' own.
-    """
-    i, j = torch.triu_indices(x.shape[-1], x.shape[-1], 1, device=x.device)
-    return torch.cat([itself * x.square(), pairs * x[..., i] * x[..., j]], -1)
-
-
-def normalized_attention(q, k, v, *, state, return_state, cu_seqlens):
-    """Linear attention without decay, divided by q . (sum of k), which is carried as one more value column."""
-    v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
-    o, state = linear_attention(
-        q, k, v, scale=1.0, initial_state=state, return_state=return_state, cu_seqlens=cu_seqlens
-    )
-    return o[..., :-1] / (o[..., -1:] + 1e-6), state
-
-
 class Based(Mixer):
     rule = "S + phi(k) v^T, phi(q).phi(k) = 1 + x + x^2 / 2 of x = q.k / sqrt(K); divided by q.sum(k)"
     paper = "arXiv 2402.18668"
@@ -57,11 +39,21 @@ class Based(Mixer):
 
     def feature_map(self, x: Tensor) -> Tensor:
         x = x * x.shape[-1] ** -0.25
-        return torch.cat([torch.ones_like(x[..., :1]), x, squares(x, 0.5**0.5, 1.0)], -1)
+        i, j = torch.triu_indices(x.shape[-1], x.shape[-1], 1, device=x.device)
+        return torch.cat([torch.ones_like(x[..., :1]), x, 0.5**0.5 * x.square(), x[..., i] * x[..., j]], -1)
 
     def recur(self, q, k, v, *, p, state, return_state, cu_seqlens, positions):
-        q, k = self.feature_map(q), self.feature_map(k)
-        return normalized_attention(q, k, v, state=state, return_state=return_state, cu_seqlens=cu_seqlens)
+        # The sum of the keys is carried as one more value column, which is always 1.
+        o, state = linear_attention(
+            self.feature_map(q),
+            self.feature_map(k),
+            torch.cat([v, torch.ones_like(v[..., :1])], -1),
+            scale=1.0,
+            initial_state=state,
+            return_state=return_state,
+            cu_seqlens=cu_seqlens,
+        )
+        return o[..., :-1] / (o[..., -1:] + 1e-6), state
 
     def output(self, o, gate, p, routes):
         """The quotient is normalised already."""

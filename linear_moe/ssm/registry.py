@@ -14,7 +14,6 @@ MIXERS = {
     "gla": "linear_moe.ssm.gla:GatedLinearAttention",
     "hgrn2": "linear_moe.ssm.hgrn2:HGRN2",
     "based": "linear_moe.ssm.based:Based",
-    "rebased": "linear_moe.ssm.rebased:ReBased",
     "mamba2": "linear_moe.ssm.mamba2:Mamba2",
     "deltanet": "linear_moe.ssm.deltanet:DeltaNet",
     "gated_deltanet": "linear_moe.ssm.gated_deltanet:GatedDeltaNet",

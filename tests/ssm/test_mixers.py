@@ -59,12 +59,10 @@ def expected(name, x, p):
         bound = p["lower_bound"].sigmoid()
         f = bound + (1 - bound) * x["a"].sigmoid()
         return loop(q, 1 - f, v, f, scale=1.0)
-    if name in ("based", "rebased"):
+    if name == "based":
         q, k = (y.repeat_interleave(HV // H, 1) for y in (q, k))
-        if name == "rebased":
-            q, k = ((y - y.mean(-1, keepdim=True)) / (y.var(-1, False, keepdim=True) + 1e-5).sqrt() for y in (q, k))
         s = torch.einsum("thk,shk->hts", q, k) * K**-0.5
-        weights = (1 + s + s.square() / 2 if name == "based" else s.square()).tril()
+        weights = (1 + s + s.square() / 2).tril()
         return torch.einsum("hts,shv->thv", weights, v) / (weights.sum(-1).mT[..., None] + 1e-6)
     beta = x["beta"][..., 0].sigmoid()
     if name == "deltanet":
