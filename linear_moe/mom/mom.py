@@ -69,8 +69,8 @@ def make_routes(
     if torch.is_grad_enabled() and (config.balance_coeff or config.z_loss_coeff):
         weights = _AddLoss.apply(weights, loss * loss_scale)
     return route(
-        routing.indices.view(*shape, -1),
-        weights.view(*shape, -1),
+        routing.indices.unflatten(0, shape),
+        weights.unflatten(0, shape),
         num_memories=config.memories,
         shared=config.shared,
         cu_seqlens=cu_seqlens,

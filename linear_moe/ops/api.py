@@ -127,6 +127,8 @@ def grouped_linear(x, weight, offsets, *, routes=None, backend="auto"):
     of every group's rows, the last one R. Returns [R, E]. Raises ValueError for shapes or a backend that do not fit.
     """
     check_grouped(x, weight, offsets, routes)
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):  # as F.linear
+        x, weight = (y.to(torch.get_autocast_dtype(x.device.type)) for y in (x, weight))
     if choose_backend("grouped_linear", backend, x) == "triton":
         maps = (None, None) if routes is None else (routes.token, routes.row)
         return kernels("grouped").grouped_linear(x, weight, offsets, *maps)

@@ -30,7 +30,7 @@ def _prepare(q, k, v, g, beta, scale, initial_state, cu_seqlens):
     q, k = (x if groups == 1 else x.repeat_interleave(groups, dim=2) for x in (q, k))
     q, k, v = (layout.pack(x.to(dtype)) for x in (q, k, v))
     if g is not None:
-        g = g.to(dtype)
+        g = g.to(dtype).clamp_min(-1e4)  # as good as -inf, whose differences are not numbers
         g = layout.pack(g if g.ndim == 4 else g.expand(B, T, HV).unsqueeze(-1))
     if beta is not None:
         beta = layout.pack(beta.to(dtype).unsqueeze(-1))

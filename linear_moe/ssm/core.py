@@ -224,7 +224,7 @@ class MixerCore(nn.Module):
             )
         if gate is not None:
             gate = gate.flatten(0, 1).unflatten(-1, (-1, self.specs["gate"].width))
-        return self.mixer.output(o.flatten(0, 1), gate, p, routes).reshape(B, T, -1)
+        return self.mixer.output(o.flatten(0, 1), gate, p, routes).flatten(1).unflatten(0, (B, T))
 
     def _operand(
         self,

@@ -9,6 +9,9 @@ from torch import Tensor
 class Recompute(torch.autograd.graph.saved_tensors_hooks):
     """Inside this context, operations that save one of ``made`` save nothing and call for it again in the backward.
 
+    Of nested hooks autograd runs the innermost only, so inside torch.utils.checkpoint(use_reentrant=False) this one
+    recomputes on its own; and what is saved is not watched for changes in place.
+
     Args:
         made: the tensors not to save, each with the function that makes it again, bit for bit. A view of one, with all
             of its elements in order, counts as it.
@@ -19,7 +22,8 @@ class Recompute(torch.autograd.graph.saved_tensors_hooks):
 
         def pack(x: Tensor):
             function = again.get(_place(x)) if x.is_contiguous() else None
-            return x if function is None else (function, x.shape)
+            # Detached: an operation's own output would hold the graph that holds it.
+            return x.detach() if function is None else (function, x.shape)
 
         def unpack(saved) -> Tensor:
             if isinstance(saved, Tensor):
@@ -33,4 +37,4 @@ class Recompute(torch.autograd.graph.saved_tensors_hooks):
 
 def _place(x: Tensor) -> tuple:
     """Where the tensor lies: tensors alive at the same time with equal places are views of the same elements."""
-    return x.device, x.data_ptr(), x.numel(), x.dtype
+    return x.untyped_storage()._cdata, x.storage_offset(), x.numel(), x.dtype

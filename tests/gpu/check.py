@@ -1,5 +1,6 @@
 """python tests/gpu/check.py cuda|cpu: every rule, step, layer and a model's loss on the device against the CPU."""
 
+import itertools
 import sys
 
 import torch
@@ -11,44 +12,51 @@ from linear_moe.ssm import mixer_class
 from linear_moe.ssm.core import MixerCore
 from tests.helpers import rel_err
 
-HEADS, K, V, LENGTHS = 2, 16, 16, [70, 0, 1, 130]
-DECAYS = {
-    "none": None,
-    "constant": (HEADS,),
-    "scalar": (1, sum(LENGTHS), HEADS),
-    "channel": (1, sum(LENGTHS), HEADS, K),
-}
+LENGTHS = [70, 0, 1, 130]
+T, SIZES = sum(LENGTHS), ((2, 2, 16, 16), (2, 4, 128, 64), (1, 2, 128, 128), (2, 2, 256, 200))  # H, HV, K, V
+
+
+def decays(HV, K):
+    return {"none": None, "constant": (HV,), "scalar": (1, T, HV), "channel": (1, T, HV, K)}
 
 
 def check_rules(device: str) -> None:
-    """In float32 and bfloat16, forward and every gradient; packed, with empty sequences; and one step after another."""
-    cu = torch.tensor([0, *LENGTHS]).cumsum(0).int()
-    for rule in ("linear_attention", "delta_rule"):
-        for name, shape in DECAYS.items():
-            q, k, v = torch.randn(3, 1, sum(LENGTHS), HEADS, K)
+    """In float32 and bfloat16, outputs, states and every gradient; packed, with empty sequences; and step by step."""
+    for (H, HV, K, V), rule in itertools.product(SIZES, ("linear_attention", "delta_rule")):
+        for name, shape in decays(HV, K).items():
+            q, k, v = torch.randn(1, T, H, K), torch.randn(1, T, H, K), torch.randn(1, T, HV, V)
             x = {"q": q, "k": torch.nn.functional.normalize(k, dim=-1), "v": v}
             x = {n: t.bfloat16().float() for n, t in x.items()}
             if rule == "delta_rule":
-                x["beta"] = torch.rand(1, sum(LENGTHS), HEADS)
+                x["beta"] = torch.rand(1, T, HV)
             if shape:
                 x["g"] = -torch.rand(shape) * 5
-            direction, results = torch.randn(v.shape, dtype=torch.float64), []
-            for where, dtype, backend in (
-                ("cpu", torch.float64, "reference"),
-                (device, torch.float32, "auto"),
-                (device, torch.bfloat16, "auto"),
-            ):
-                wide = torch.promote_types(dtype, torch.float32)  # of gates
-                leaves = {n: t.to(where, dtype if n in ("q", "k", "v") else wide) for n, t in x.items()}
-                leaves = {n: t.requires_grad_() for n, t in leaves.items()}
-                o, _ = getattr(ops, rule)(**leaves, cu_seqlens=cu.to(where), backend=backend)
-                loss = (o.double() * direction.to(where)).sum()
-                results.append([o.cpu(), *(grad.cpu() for grad in torch.autograd.grad(loss, list(leaves.values())))])
-            for ours, forward, gradient in zip(results[1:], (1e-5, 1e-2), (1e-4, 2e-2)):
-                errors = [rel_err(a, b) for a, b in zip(ours, results[0])]
-                print(f"{rule} {name}: " + " ".join(f"{error:.1e}" for error in errors))
-                assert errors[0] < forward and max(errors) < gradient
-            check_steps(device, rule, {n: t.detach() for n, t in x.items()})
+            x["initial_state"] = torch.randn(len(LENGTHS), HV, K, V)
+            check_rule(device, rule, f"{rule} {name} {H}/{HV}/{K}/{V}", x)
+            del x["initial_state"]
+            check_steps(device, rule, x)
+
+
+def check_rule(device: str, rule: str, label: str, x: dict) -> None:
+    cu = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+    directions = torch.randn_like(x["v"]).double(), torch.randn_like(x["initial_state"]).double()
+    results = []
+    for where, dtype, backend in (
+        ("cpu", torch.float64, "reference"),
+        (device, torch.float32, "auto"),
+        (device, torch.bfloat16, "auto"),
+    ):
+        wide = torch.promote_types(dtype, torch.float32)  # of gates and states
+        leaves = {n: t.to(where, dtype if n in ("q", "k", "v") else wide) for n, t in x.items()}
+        leaves = {n: t.requires_grad_() for n, t in leaves.items()}
+        outputs = getattr(ops, rule)(**leaves, return_state=True, cu_seqlens=cu.to(where), backend=backend)
+        loss = sum((y.double() * towards.to(where)).sum() for y, towards in zip(outputs, directions))
+        grads = torch.autograd.grad(loss, list(leaves.values()))
+        results.append([y.detach().cpu() for y in (*outputs, *grads)])
+    for ours, forward, gradient in zip(results[1:], (1e-5, 1e-2), (1e-4, 2e-2)):
+        errors = [rel_err(a, b) for a, b in zip(ours, results[0])]
+        print(f"{label}: " + " ".join(f"{error:.1e}" for error in errors))
+        assert max(errors[:2]) < forward and max(errors) < gradient
 
 
 def check_steps(device: str, rule: str, x: dict) -> None:

@@ -1,5 +1,7 @@
 """Recomputation changes what is kept for the backward, and nothing else."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -65,7 +67,7 @@ def test_same_gradients(name, memories, seed):
 
 def test_keeps_less(kept, monkeypatch):
     """On the kernels' path, whose launches meta tensors skip: q of the tokens and k, v of the rows instead of both."""
-    monkeypatch.setattr(api, "choose_backend", lambda op, backend, x, *widths: "triton")
+    monkeypatch.setattr(api, "choose_backend", lambda *args, **options: "triton")
     with torch.device("meta"):
         core, _, forward = layer("gated_deltanet", 4, "meta", torch.bfloat16)
         x, sizes = torch.zeros(1, 4096, D, dtype=torch.bfloat16, requires_grad=True), []
@@ -76,6 +78,18 @@ def test_keeps_less(kept, monkeypatch):
             del y
     rows, operands = 3, 3 * D * 2
     assert sizes[0] - sizes[1] == rows * operands  # q, k, v of three rows a token
+
+
+@pytest.mark.parametrize("name", ("gated_deltanet", "gla"))
+def test_a_graph_without_backward_is_freed(name):
+    core, _, forward = layer(name, 0)
+    core.recompute = True
+    x = torch.randn(B, T, D, requires_grad=True)
+    hidden = x * 2
+    alive = weakref.ref(hidden)
+    forward(hidden)
+    del hidden
+    assert alive() is None
 
 
 def test_saves_what_it_was_made_from():

@@ -27,19 +27,18 @@ def short_conv(
     cu_seqlens=None,
     token=None,
     row=None,
-    place=None,
 ):
     """y_r = norm(act(sum_i weight[:, i] x_{r-W+1+i})), never across a sequence's borders.
 
     x [B, T, D], a slice of a wider projection as it is; weight [D, W] or None (no convolution); activation "silu" or
     None; normalize: None or the width of the heads that are divided by sqrt(|y|^2 + 1e-6); states [N, D, W-1] as in
     ops.short_conv; cu_seqlens int32 [N+1]. With token [R] and row [B*T, J] int64 (ops.Routes) x holds tokens, row r is
-    x[token[r]], and taps and cu_seqlens follow the rows. place: `places(cu_seqlens, rows)`, where several calls share
-    it. Returns (y [B, T, D] or [1, R, D] in x's dtype, state or None), computed in float32.
-    Raises ValueError for operands that do not fit together.
+    x[token[r]], and taps and cu_seqlens follow the rows. Returns (y [B, T, D] or [1, R, D] in x's dtype, state or
+    None), computed in float32. Raises ValueError for operands that do not fit together.
     """
     _check(x, weight, activation, normalize, initial_state, cu_seqlens, token, row)
-    if place is None and cu_seqlens is not None and _width(weight) > 1:
+    place = None
+    if cu_seqlens is not None and _width(weight) > 1:
         place = places(cu_seqlens, x.shape[0] * x.shape[1] if token is None else len(token))
     if initial_state is not None:
         initial_state = initial_state.to(x.dtype).contiguous()

@@ -15,19 +15,23 @@ def scalar_decay(g, first, rows, i_h, HV: tl.constexpr, C: tl.constexpr, DECAY: 
     i_t = tl.arange(0, C)
     lower = i_t[:, None] >= i_t[None, :]
     if DECAY == NONE:
-        return lower.to(tl.float32), tl.full([C], 1, tl.float32), tl.full([C], 1, tl.float32), 1.0
-    if DECAY == CONSTANT:
-        b_g = tl.where(i_t < rows, tl.load(g + i_h).to(tl.float64), 0)
+        between, start, end = lower.to(tl.float32), tl.full([C], 1, tl.float32), tl.full([C], 1, tl.float32)
+        left = tl.full([], 1, tl.float32)
     else:
-        b_g = tl.load(g + (first + i_t) * HV + i_h, mask=i_t < rows, other=0).to(tl.float64)
-    # float64, then two float32: where strong and weak decays meet, small differences of large sums must survive
-    running = tl.cumsum(b_g, 0)
-    whole = tl.sum(b_g, 0)
-    high = running.to(tl.float32)
-    low = (running - high.to(tl.float64)).to(tl.float32)
-    between = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
-    between = tl.exp(tl.where(lower, between, float("-inf")))
-    return between, tl.exp(high), tl.exp((whole - running).to(tl.float32)), tl.exp(whole.to(tl.float32))
+        if DECAY == CONSTANT:
+            b_g = tl.where(i_t < rows, tl.load(g + i_h).to(tl.float64), 0)
+        else:
+            b_g = tl.load(g + (first + i_t) * HV + i_h, mask=i_t < rows, other=0).to(tl.float64)
+        b_g = tl.maximum(b_g, -1e4)  # as good as -inf, whose differences are not numbers
+        # float64, then two float32: where strong and weak decays meet, small differences of large sums must survive
+        running = tl.cumsum(b_g, 0)
+        whole = tl.sum(b_g, 0)
+        high = running.to(tl.float32)
+        low = (running - high.to(tl.float64)).to(tl.float32)
+        between = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
+        between = tl.exp(tl.where(lower, between, float("-inf")))
+        start, end, left = tl.exp(high), tl.exp((whole - running).to(tl.float32)), tl.exp(whole.to(tl.float32))
+    return between, start, end, left
 
 
 @triton.jit

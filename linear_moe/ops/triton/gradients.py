@@ -3,15 +3,15 @@
 Legend, one chunk, S the state before it and dS the gradient of the one behind: with v' the rule's writes and z as in
 scan.py, dA = do v'^T and dM = -dz v'^T (strict triangle); d(q e^G) = do S^T, d(k e^(G_end - G)) = v' dS^T and
 d(k e^G) = -dz S^T. A log decay g_l takes part in every decay that spans it: of pairs i >= l > j, of the way from the
-start to i >= l and of the way from i < l to the end. Only those are added up, so that what a strong decay has made
-small is not lost beside large terms that would cancel.
+start to i >= l and of the way from i < l to the end. What no decay touches (a token with itself, the last token and the
+end) stays out of the sums, so that what a strong decay has made small is not lost beside large terms that cancel.
 """
 
 import triton
 import triton.language as tl
 
 from .chunks import chunk_rows
-from .decay import CHANNEL, CONSTANT, NONE, last_row, level, scalar_decay, widen_blocks
+from .decay import CHANNEL, CONSTANT, last_row, level, scalar_decay, widen_blocks
 from .launch import kernel
 from .prepare import dot, load_tile, store_tile
 from .scan import load_state
@@ -60,14 +60,14 @@ def key_gradients(
         dA += dot(b_do, tl.trans(b_v), PRECISION)
         dq_start += dot(b_do.to(WIDE), tl.trans(b_S), PRECISION)
         dk_end += dot(b_v.to(WIDE), tl.trans(b_dS), PRECISION)
-        if DECAY != NONE:
+        if dg is not None:
             overlap += tl.sum(b_S.to(tl.float32) * b_dS.to(tl.float32), 1)
     # [C, BK]
     b_q = load_tile(q, first, rows, i_h // (HV // H), i_k, H, K, C)
     b_k = load_tile(k, first, rows, i_h // (HV // H), i_k, H, K, C)
     lower, strict = i_t[:, None] >= i_t[None, :], i_t[:, None] > i_t[None, :]
     if DECAY == CHANNEL:
-        b_g = load_tile(g, first, rows, i_h, i_k, HV, K, C).to(tl.float32)
+        b_g = tl.maximum(load_tile(g, first, rows, i_h, i_k, HV, K, C).to(tl.float32), -1e4)
         channel_gradients(
             b_q, b_k, b_g, dA, dM, dq_start, dk_start, dk_end, overlap, dq, dk, dg, first, rows, i_h, i_k, HV, K,
             LEVELS, DELTA, PRECISION,
@@ -76,7 +76,7 @@ def key_gradients(
         between, from_start, to_end, whole = scalar_decay(g, first, rows, i_h, HV, C, DECAY)
         dA = tl.where(lower, dA * between, 0)
         dM = tl.where(strict, dM * between, 0)
-        if DECAY != NONE:
+        if dg is not None:
             pairs = dA * dot(b_q, tl.trans(b_k), PRECISION)
             starts = tl.sum(dq_start * b_q, 1) * from_start
             if DELTA:
@@ -135,8 +135,9 @@ def channel_gradients(
     dk_end *= b_up
     starts = b_q * b_dq + b_k * (rows_dk - columns_dk)
     until = (i_t[:, None] > i_t[None, :]).to(tl.float32)
-    b_dg = tl.cumsum(starts, 0, reverse=True) + dot(until, b_k * dk_end, PRECISION)
-    b_dg += (tl.exp(last_row(down)) * overlap)[None, :]
-    store_tile(dg, b_dg, first, rows, i_h, i_k, HV, K, C)
+    if dg is not None:
+        b_dg = tl.cumsum(starts, 0, reverse=True) + dot(until, b_k * dk_end, PRECISION)
+        b_dg += (tl.exp(last_row(down)) * overlap)[None, :]
+        store_tile(dg, b_dg, first, rows, i_h, i_k, HV, K, C)
     store_tile(dq, b_dq + itself * b_k, first, rows, i_h, i_k, HV, K, C)
     store_tile(dk, rows_dk + columns_dk + dk_end + itself * b_q, first, rows, i_h, i_k, HV, K, C)

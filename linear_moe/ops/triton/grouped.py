@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from .launch import INTERPRETED, configure, kernel, launch
+from .launch import configure, kernel, launch, precision
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -69,8 +69,7 @@ def _options(name, x, weight_shape):
     """
     aligned = all(width * x.element_size() % 16 == 0 for width in weight_shape[1:])
     name = name if aligned and x.dtype != torch.float32 else f"{name}_small"
-    exact = "ieee" if INTERPRETED or torch.version.hip else "tf32x3"
-    return {"PRECISION": exact, **configure(name, 0, 0, x.device)}
+    return {"PRECISION": precision(torch.float32, x.device), **configure(name, 0, 0, x.device)}
 
 
 def _multiply(x, weight, offsets, token, *, transposed):

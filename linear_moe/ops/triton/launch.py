@@ -10,7 +10,8 @@ import triton
 
 from . import tuning
 
-RUNTIME = ("B", "T", "N", "R", "NC", "NB")  # tokens, sequences, rows, chunks, blocks: the only integer arguments
+# The only integer arguments: tokens, sequences, rows, chunks, blocks; strides from one batch entry to the next.
+RUNTIME = ("B", "T", "N", "R", "NC", "NB", "S_Q", "S_K", "S_V", "S_BETA", "S_G")
 INTERPRETED = triton.knobs.runtime.interpret  # kernels run in numpy, on CPU tensors (TRITON_INTERPRET=1)
 
 kernel = triton.jit(do_not_specialize=RUNTIME)
@@ -38,6 +39,14 @@ def launch(function, grid, *args, **options):
 def configure(name, K, V, device, dtype=None):
     """The tuned tile sizes, warps and stages of kernel `name` for widths K and V on that device."""
     return tuning.lookup(name, K, V, architecture(device), dtype == torch.float32)
+
+
+def precision(dtype, device):
+    """How products of operands of that dtype, or of float32 made from them, use the matrix units."""
+    arch = architecture(device)
+    if INTERPRETED or (arch.startswith("gfx") and (dtype == torch.float32 or arch != "gfx942")):
+        return "ieee"
+    return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
 def architecture(device):

@@ -60,7 +60,7 @@ def solve(M, b, PRECISION: tl.constexpr):
 @kernel
 def prepare_heads(
     q, k, beta, g, A, P, from_start, to_end, whole, table, T, NC, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
-    C: tl.constexpr, BK: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """For no, a constant or a scalar decay: A [tokens, HV, C], the lower triangle of q_i.k_j e^(G_i - G_j) in a chunk;
     P (unless None) likewise; and with a decay e^G and e^(G_end - G) [tokens, HV] and e^G_end [chunks, HV]."""
@@ -82,14 +82,13 @@ def prepare_heads(
     if P is not None:
         b_beta = tl.load(beta + (first + i_t) * HV + i_h, mask=i_t < rows, other=0).to(tl.float32)
         M = tl.where(i_t[:, None] > i_t[None, :], dot(b_k, tl.trans(b_k), PRECISION) * between, 0)
-        store_tile(P, solve(M, b_beta, SOLVE), first, rows, i_h, i_t, HV, C, C)
+        store_tile(P, solve(M, b_beta, PRECISION), first, rows, i_h, i_t, HV, C, C)
 
 
 @kernel
 def prepare_channels(
     q, k, beta, g, A, P, q_start, k_start, k_end, whole, table, T, NC, H: tl.constexpr, HV: tl.constexpr,
     K: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
-    SOLVE: tl.constexpr,
 ):  # fmt: skip
     """For a decay a channel: A and P as in prepare_heads, and the decayed operands q e^G, k e^G (unless None) and
     k e^(G_end - G) [tokens, HV, K] and e^G_end [chunks, HV, K].
@@ -109,7 +108,7 @@ def prepare_channels(
         # [C, BK]
         b_q = load_tile(q, first, rows, i_h // (HV // H), i_d, H, K, C)
         b_k = load_tile(k, first, rows, i_h // (HV // H), i_d, H, K, C)
-        down = load_tile(g, first, rows, i_h, i_d, HV, K, C).to(tl.float32)
+        down = tl.maximum(load_tile(g, first, rows, i_h, i_d, HV, K, C).to(tl.float32), -1e4)
         up = tl.zeros_like(down)
         itself = tl.sum(b_q.to(tl.float32) * b_k.to(tl.float32), 1)
         scores += tl.where(i_t[:, None] == i_t[None, :], itself[:, None], 0)
@@ -130,4 +129,4 @@ def prepare_channels(
     store_tile(A, scores, first, rows, i_h, i_t, HV, C, C)
     if P is not None:
         b_beta = tl.load(beta + (first + i_t) * HV + i_h, mask=i_t < rows, other=0).to(tl.float32)
-        store_tile(P, solve(keys, b_beta, SOLVE), first, rows, i_h, i_t, HV, C, C)
+        store_tile(P, solve(keys, b_beta, PRECISION), first, rows, i_h, i_t, HV, C, C)

@@ -110,6 +110,7 @@ def _place(
     else:
         i_n = i - NB
         b_first += tl.sum(tl.where(o_t[None, :] < start, b_chosen, 0), 1)
+        # one memory's end is the next one's start: both programs write it, and both write the same
         tl.store(p_cu + o_m * N + i_n, b_first, mask=o_m < M)
         if SHARED:
             tl.store(p_cu + M * N + i_n, tokens * k + start)

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from .chunks import Chunks
 from .decay import CHANNEL, CONSTANT, NONE, SCALAR
 from .gradients import key_gradients
-from .launch import INTERPRETED, architecture, configure, launch
+from .launch import configure, launch, precision
 from .prepare import prepare_channels, prepare_heads
 from .scan import scan_backward, scan_forward
 
@@ -24,15 +24,13 @@ class _Problem:
     def __init__(self, k, v, beta, g, scale, cu_seqlens):
         self.B, self.T, self.HV, self.V = v.shape
         self.H, self.K = k.shape[2:]
-        self.tokens, self.scale, self.device, self.dtype = self.B * self.T, scale, v.device, v.dtype
+        self.tokens, self.scale, self.device, self.dtype = self.B * self.T, float(scale), v.device, v.dtype
         self.decay = NONE if g is None else (None, CONSTANT, None, SCALAR, CHANNEL)[g.ndim]
         self.delta = beta is not None
         self.chunks = Chunks(self.B, self.T, cu_seqlens, self.configure("chunk")["C"])
         self.C, self.N = self.chunks.C, self.chunks.N
         self.wide = torch.bfloat16 if v.dtype == torch.bfloat16 else torch.float32
-        exact = "ieee" if INTERPRETED or architecture(v.device).startswith("gfx") else "tf32x3"
-        self.precision = exact if v.dtype == torch.float32 else "tf32"
-        self.solve_precision = exact if exact == "ieee" else self.precision
+        self.precision = precision(v.dtype, v.device)
 
     def configure(self, name, **widths):
         """The tuned options; tiles no wider than the widths of that name."""
@@ -53,7 +51,6 @@ class _Problem:
             "DECAY": self.decay,
             "DELTA": self.delta,
             "PRECISION": self.precision,
-            "SOLVE": self.solve_precision,
             "WIDE": tl.bfloat16 if self.wide == torch.bfloat16 else tl.float32,
         }
         return {name: known[name] for name in names}
@@ -87,7 +84,7 @@ class _Prepared:
             options = p.configure("prepare", BK=p.K)
             launch(
                 prepare_channels, grid, q, k, beta, g, self.A, P, self.q, self.k_start, self.k_end, self.whole, *places,
-                **p.sizes("H", "HV", "K", "C", "LEVELS", "PRECISION", "SOLVE"), **options,
+                **p.sizes("H", "HV", "K", "C", "LEVELS", "PRECISION"), **options,
             )  # fmt: skip
         else:
             self.heads, self.q, self.k_end = p.H, q, k
@@ -96,7 +93,7 @@ class _Prepared:
                 self.whole = p.empty(p.chunks.count, p.HV)
             launch(
                 prepare_heads, grid, q, k, beta, g, self.A, P, self.from_start, self.to_end, self.whole, *places,
-                **p.sizes("H", "HV", "K", "C", "BK", "DECAY", "PRECISION", "SOLVE"), **p.configure("prepare"),
+                **p.sizes("H", "HV", "K", "C", "BK", "DECAY", "PRECISION"), **p.configure("prepare"),
             )  # fmt: skip
 
     def scan(self, p, v, beta, initial, o, states, r, final):
@@ -150,19 +147,21 @@ class _Rule(torch.autograd.Function):
         r = torch.empty_like(v) if p.delta else None
         prepared.scan(p, v, beta, initial, None, states, r, None)
         dv, dbeta, dinitial = prepared.scan_back(p, beta, initial, r, do, dfinal, dstates)
-        dq, dk, dg = _key_gradients(p, q, k, v, beta, g, r, do, dv, states, dstates)
+        dq, dk, dg = _key_gradients(p, q, k, v, beta, g, r, do, dv, states, dstates, ctx.needs_input_grad[4])
         return dq, dk, dv, dbeta, dg, dinitial, None, None, None
 
 
-def _key_gradients(p, q, k, v, beta, g, r, do, dz, states, dstates):
+def _key_gradients(p, q, k, v, beta, g, r, do, dz, states, dstates, need_dg):
     options = p.configure("key_gradients", BK=p.K, BV=p.V)
     blocks, groups = triton.cdiv(p.K, options["BK"]), p.HV // p.H
     dtype = k.dtype if groups == 1 else torch.float32
     dq, dk = (p.empty(p.tokens, p.HV, p.K, dtype=dtype) for _ in range(2))
     dg = None
-    if p.decay == CONSTANT:  # chunks beyond the last write nothing
+    if not need_dg:
+        pass
+    elif p.decay == CONSTANT:  # chunks beyond the last write nothing
         dg = torch.zeros(p.chunks.count, p.HV, blocks, device=p.device)
-    elif p.decay != NONE:
+    else:
         dg = p.empty(p.tokens, p.HV, p.K if p.decay == CHANNEL else blocks)
     launch(
         key_gradients, (p.chunks.count * p.HV * blocks,), q, k, v, beta, g, r, do, dz, states, dstates, dq, dk, dg,
@@ -172,11 +171,9 @@ def _key_gradients(p, q, k, v, beta, g, r, do, dz, states, dstates):
     dq, dk = (
         x.view(p.B, p.T, p.H, groups, p.K).sum(3).to(k.dtype) if groups > 1 else x.view(k.shape) for x in (dq, dk)
     )
-    if p.decay == CONSTANT:
-        dg = dg.sum((0, 2))
-    elif p.decay == SCALAR:
-        dg = dg.sum(-1)
-    return dq, dk, dg if dg is None else dg.view(g.shape).to(g.dtype)
+    if dg is not None and p.decay != CHANNEL:
+        dg = dg.sum((0, 2) if p.decay == CONSTANT else -1)
+    return dq, dk, None if dg is None else dg.view(g.shape).to(g.dtype)
 
 
 def _run(q, k, v, beta, g, scale, initial_state, return_state, cu_seqlens):

@@ -26,10 +26,11 @@ def step(rule, state, q, k, v, beta, g, *, scale, out_state=None):
     beta, decay = (None if x is None else x.expand(B, HV, *x.shape[2:]) for x in (beta, g))
     if decay is not None and decay.ndim == 3 and decay.stride(-1) != 1:
         decay = decay.contiguous()
-    strides = {f"S_{n}": _strides(x) for n, x in (("Q", q), ("K", k), ("V", v), ("BETA", beta), ("G", decay))}
+    batch, heads = zip(*((0, 0) if x is None else x.stride()[:2] for x in (q, k, v, beta, decay)))
+    strides = dict(zip(("H_Q", "H_K", "H_V", "H_BETA", "H_G"), heads))  # the model's; a batch's follow the sequences
     options = configure("step", K, V, state.device)
     launch(
-        _step, (B * HV * triton.cdiv(V, options["BV"]),), state.contiguous(), q, k, v, beta, decay, o, new,
+        _step, (B * HV * triton.cdiv(V, options["BV"]),), state.contiguous(), q, k, v, beta, decay, o, new, *batch,
         SCALE=float(scale), H=H, HV=HV, K=K, V=V, BK=triton.next_power_of_2(K), **strides,
         CHANNELS=decay is not None and decay.ndim == 3, **options,
     )  # fmt: skip
@@ -50,16 +51,11 @@ def _check(rule, state, beta, out_state):
         )
 
 
-def _strides(x):
-    """From batch to batch and from head to head."""
-    return None if x is None else x.stride()[:2]
-
-
 @kernel
 def _step(
-    p_state, p_q, p_k, p_v, p_beta, p_g, p_o, p_new,
+    p_state, p_q, p_k, p_v, p_beta, p_g, p_o, p_new, S_Q, S_K, S_V, S_BETA, S_G,
     SCALE: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-    S_Q: tl.constexpr, S_K: tl.constexpr, S_V: tl.constexpr, S_BETA: tl.constexpr, S_G: tl.constexpr,
+    H_Q: tl.constexpr, H_K: tl.constexpr, H_V: tl.constexpr, H_BETA: tl.constexpr, H_G: tl.constexpr,
     CHANNELS: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """A program updates K x BV of one head's state, in registers."""
@@ -74,19 +70,19 @@ def _step(
     # [BK, BV]
     b_S = tl.load(p_state + o_S, mask=m_S, other=0).to(tl.float32)
     # [BK]
-    b_q = tl.load(p_q + i_b * S_Q[0] + i_hk * S_Q[1] + o_k, mask=m_k, other=0).to(tl.float32)
-    b_k = tl.load(p_k + i_b * S_K[0] + i_hk * S_K[1] + o_k, mask=m_k, other=0).to(tl.float32)
+    b_q = tl.load(p_q + i_b * S_Q + i_hk * H_Q + o_k, mask=m_k, other=0).to(tl.float32)
+    b_k = tl.load(p_k + i_b * S_K + i_hk * H_K + o_k, mask=m_k, other=0).to(tl.float32)
     # [BV]
-    b_v = tl.load(p_v + i_b * S_V[0] + i_h * S_V[1] + o_v, mask=m_v, other=0).to(tl.float32)
+    b_v = tl.load(p_v + i_b * S_V + i_h * H_V + o_v, mask=m_v, other=0).to(tl.float32)
     if p_g is not None:
-        p_g += i_b * S_G[0] + i_h * S_G[1]
+        p_g += i_b * S_G + i_h * H_G
         if CHANNELS:
             # [BK]
             b_S *= tl.exp(tl.load(p_g + o_k, mask=m_k, other=0).to(tl.float32))[:, None]
         else:
             b_S *= tl.exp(tl.load(p_g).to(tl.float32))
     if p_beta is not None:
-        b_beta = tl.load(p_beta + i_b * S_BETA[0] + i_h * S_BETA[1]).to(tl.float32)
+        b_beta = tl.load(p_beta + i_b * S_BETA + i_h * H_BETA).to(tl.float32)
         b_v = b_beta * (b_v - tl.sum(b_k[:, None] * b_S, 0))
     b_S += b_k[:, None] * b_v[None, :]
     b_o = SCALE * tl.sum(b_q[:, None] * b_S, 0)

@@ -43,7 +43,7 @@ def nearest(architecture):
     if architecture.startswith("gfx"):
         return "gfx942"
     number = int(architecture.removeprefix("sm_"))
-    # 8.6, 8.9 and 12.x have far less shared memory than the data centre chips of their generation
+    # 12.x has far less shared memory than 10.0; what serves sm_80 here fits that, and 8.6 and 8.9 (99 KiB a program)
     older = [a for a in table() if a.startswith("sm_") and int(a.removeprefix("sm_")) <= number]
     return max(older, key=lambda a: int(a.removeprefix("sm_"))) if older and number < 120 else "sm_80"
 

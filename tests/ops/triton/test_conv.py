@@ -162,16 +162,6 @@ def test_transposed_input_is_copied():
     assert rel_err(short_conv(x, weight)[0], ops.short_conv(x, weight, activation=None)[0]) < 1e-5
 
 
-def test_shared_places_and_forward_alone():
-    fresh_seed()
-    x, weight, cu = torch.randn(1, 9, 16), torch.randn(16, 4), torch.tensor([0, 4, 9], dtype=torch.int32)
-    y, _ = short_conv(x, weight, activation="silu", normalize=16, cu_seqlens=cu)
-    place = places(cu, 9)
-    assert torch.equal(y, short_conv(x, weight, activation="silu", normalize=16, cu_seqlens=cu, place=place)[0])
-    assert torch.equal(y, conv.forward(x, weight, None, place, None, "silu", 16))
-
-
-@pytest.mark.usefixtures("small_tiles")
 def test_places():
     fresh_seed()
     for N in (0, 1, 2, 7, 300):

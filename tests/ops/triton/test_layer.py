@@ -41,7 +41,7 @@ def test_layer_matches_torch(monkeypatch, name, memories, packed):
     expected = run(core, router, mom, x, cu_seqlens)
     chosen = []
 
-    def triton(op, backend, x, *widths):
+    def triton(op, *args, **options):
         chosen.append(op)
         return "triton"
 
@@ -50,3 +50,29 @@ def test_layer_matches_torch(monkeypatch, name, memories, packed):
     assert {"route", "grouped_linear"} <= set(chosen) if mom else "short_conv" in chosen
     wrong = {n: rel_err(found[n], expected[n]) for n in expected if not rel_err(found[n], expected[n]) < 1e-4}
     assert not wrong
+
+
+@pytest.mark.parametrize("backend", ("torch", "triton"))
+def test_autocast(monkeypatch, backend):
+    """The projections of tokens and of rows come in one dtype."""
+    monkeypatch.setattr(api, "choose_backend", lambda *args, **options: backend)
+    mixer, mom = mixer_class("gated_deltanet"), MoMConfig(memories=3)
+    core = MixerCore(mixer(mixer.make_config(D, 2, {"num_heads": 2}), 0, 2), D, memories=mom.projections)
+    core.initialize(lambda w: w.normal_(std=0.2))
+    router = Router(D, 3, 2, dtype=torch.float32, device="cpu")
+    torch.nn.init.normal_(router.weight)
+    x = torch.randn(2, 30, D, requires_grad=True)
+    with torch.autocast("cpu", torch.float16):
+        found = run(core, router, mom, x, None)
+    expected = run(core, router, mom, x, None)
+    assert rel_err(found["y"], expected["y"]) < 1e-2
+
+
+@pytest.mark.parametrize("memories", (0, 3), ids=("plain", "mom"))
+def test_no_tokens(memories):
+    mixer = mixer_class("gated_deltanet")
+    mom = MoMConfig(memories=memories) if memories else None
+    core = MixerCore(mixer(mixer.make_config(D, 2, {}), 0, 2), D, memories=mom.projections if mom else 0)
+    core.initialize(lambda w: w.normal_(std=0.2))
+    router = Router(D, 3, 2, dtype=torch.float32, device="cpu") if mom else None
+    assert run(core, router, mom, torch.zeros(2, 0, D, requires_grad=True), None)["y"].shape == (2, 0, D)

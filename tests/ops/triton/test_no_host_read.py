@@ -23,7 +23,7 @@ READS = {"item", "tolist", "cpu", "numpy", "nonzero", "tensor", "as_tensor", "sy
 
 @pytest.fixture(autouse=True)
 def on_meta(monkeypatch):
-    monkeypatch.setattr(api, "choose_backend", lambda op, backend, x, *widths: "triton")
+    monkeypatch.setattr(api, "choose_backend", lambda *args, **options: "triton")
     launch.recorded.clear()
     with torch.device("meta"):
         yield
@@ -36,6 +36,14 @@ def rule(name, decay, T, N):
     leaves = [t.float().requires_grad_() for t in x.values()]
     o, state = getattr(ops, name)(**dict(zip(x, leaves)), return_state=True, cu_seqlens=cu_seqlens)
     torch.autograd.grad(o.sum() + state.sum(), leaves)
+
+
+def step(name, decay, T, N):
+    """The last token of a sequence whose length is in its strides."""
+    x = cases.inputs(name, decay, 3, T)
+    x = {n: t[:, -1] if t.ndim > 1 and n != "initial_state" else t for n, t in x.items()}
+    with torch.no_grad():
+        ops.step(name, x.pop("initial_state"), **{n: t.float() for n, t in x.items()})
 
 
 def layer(name, memories, T, N):
@@ -75,6 +83,12 @@ def what_is_compiled(function, *args):
 def test_rules(name, decay, packed):
     sizes = ((16, packed), (17, packed), (4096, 2 * packed), (100, packed and 1))
     assert len({frozenset(what_is_compiled(rule, name, decay, *size)) for size in sizes}) == 1
+
+
+@pytest.mark.parametrize("decay", cases.DECAYS)
+@pytest.mark.parametrize("name", ("linear_attention", "delta_rule"))
+def test_steps(name, decay):
+    assert len({frozenset(what_is_compiled(step, name, decay, T, 0)) for T in (1, 10, 11, 64)}) == 1
 
 
 @pytest.mark.parametrize("packed", (0, 5), ids=("dense", "packed"))

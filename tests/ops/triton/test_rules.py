@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from linear_moe import ops
-from tests.helpers import fresh_seed
+from linear_moe.ops.triton import launch, rules
+from tests.helpers import fresh_seed, rel_err
 from tests.ops import cases
 
 LAYOUTS = cases.layouts((0, 1, 130), {name: cases.PACKED[name] for name in cases.PACKED if name != "packed"})
@@ -13,6 +14,12 @@ LAYOUTS = cases.layouts((0, 1, 130), {name: cases.PACKED[name] for name in cases
 @pytest.fixture(params=["linear_attention", "delta_rule"])
 def rule(request):
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def half_precision_tiles(monkeypatch):
+    """float32 too in the chunks of 64 that half precision takes; float32's own are shorter."""
+    monkeypatch.setattr(rules, "configure", lambda *names_and_sizes: launch.configure(*names_and_sizes[:4]))
 
 
 def compare(rule, x, cu_seqlens=None, dtype=torch.float32, forward=1e-5, gradient=1e-4):
@@ -48,6 +55,25 @@ def test_every_decay_strong(rule, decay):
     compare(rule, x | {"g": torch.full_like(x["g"], -50)})
 
 
+@pytest.mark.parametrize("decay", cases.DECAYS)
+def test_tiles_of_float32(rule, decay, monkeypatch):
+    monkeypatch.setattr(rules, "configure", launch.configure)
+    fresh_seed()
+    compare(rule, cases.inputs(rule, decay, 1, 40, heads=cases.H))
+
+
+@pytest.mark.parametrize("backend", ("triton", "torch"))
+@pytest.mark.parametrize("decay", ("constant", "scalar", "channel"))
+def test_reset(rule, decay, backend):
+    """A log decay of -inf forgets everything, and nothing becomes nan."""
+    fresh_seed()
+    x = cases.inputs(rule, decay, 1, 40, heads=cases.H)
+    g = torch.where(torch.rand(x["g"].shape) < 0.3, -torch.inf, x["g"])
+    x = {name: t.float() for name, t in (x | {"g": g}).items()}
+    expected = cases.run(rule, {n: t.double() for n, t in x.items()} | {"g": g.clamp_min(-1e3)}, backend="reference")
+    cases.assert_close(cases.run(rule, x, torch.float32, backend=backend), expected, 1e-5, 1e-4)
+
+
 @pytest.mark.parametrize("K, V", [(150, 200), (64, 17)])
 @pytest.mark.parametrize("decay", ("scalar", "channel"))
 def test_widths(rule, decay, monkeypatch, K, V):
@@ -79,6 +105,18 @@ def test_equal_keys():
     fresh_seed()
     x = cases.inputs("delta_rule", "none", 1, 130, heads=cases.H)
     compare("delta_rule", x | {"k": x["k"][:, :1].expand_as(x["k"]), "beta": torch.full_like(x["beta"], 0.999)})
+
+
+def test_constant_decay_without_gradient(rule):
+    """Its gradient is not computed where nobody asks."""
+    fresh_seed()
+    x = {name: t.float() for name, t in cases.inputs(rule, "constant", 1, 70, heads=cases.H).items()}
+    leaves = [t.requires_grad_() for name, t in x.items() if name != "g"]
+    results = []
+    for backend in ("triton", "torch"):
+        o, _ = getattr(ops, rule)(**x, backend=backend)
+        results.append(torch.autograd.grad(o.square().sum(), leaves))
+    assert all(rel_err(a, b) < 1e-4 for a, b in zip(*results))
 
 
 def test_beta_zero():
