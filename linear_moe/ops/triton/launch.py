@@ -37,8 +37,11 @@ def launch(function, grid, *args, **options):
 
 
 def configure(name, K, V, device, dtype=None):
-    """The tuned tile sizes, warps and stages of kernel `name` for widths K and V on that device."""
-    return tuning.lookup(name, K, V, architecture(device), dtype == torch.float32)
+    """The tuned tile sizes, warps and stages of kernel `name` for widths K and V on that device.
+
+    dtype: the operands', where products with float32 states follow from it (all but bfloat16 take them in float32).
+    """
+    return tuning.lookup(name, K, V, architecture(device), dtype in (torch.float32, torch.float16))
 
 
 def precision(dtype, device):

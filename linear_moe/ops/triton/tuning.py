@@ -24,7 +24,8 @@ def table():
 def lookup(name, K, V, architecture, wide=False):
     """The options of kernel `name`; an architecture that is not in the table takes the nearest older of its vendor.
 
-    `wide`: for float32 operands, whose tiles are twice as large. Widths without an entry take that of the next square.
+    `wide`: for products in float32, whose tiles are twice as large. Widths without an entry take that of the next
+    square.
     """
     kernels = table()[nearest(architecture)]
     if name not in kernels:
@@ -49,8 +50,6 @@ def nearest(architecture):
 
 
 def save(entries):
-    """Writes the table, one set of options a line, and forgets what was read before."""
+    """Writes the table, one set of options a line."""
     text = json.dumps(entries, indent=1, sort_keys=True)
     TABLE.write_text(re.sub(r"\{[^{}]*\}", lambda options: " ".join(options[0].split()), text) + "\n")
-    table.cache_clear()
-    lookup.cache_clear()

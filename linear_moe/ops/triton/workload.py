@@ -1,0 +1,252 @@
+"""What the kernels are compiled, counted and tuned on: every op in every form, forward and backward.
+
+The same cases run on meta tensors, where launches are only recorded, under the interpreter, where products of matrices
+are counted, and on a GPU, where they are timed.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import normalize
+
+from .. import api
+
+HIDDEN, MEMORIES, TOPK, TAPS = 1024, 4, 2, 4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """B sequences of T tokens, H key heads of width K, values of width V. The default is one MoM layer's work."""
+
+    K: int
+    V: int
+    dtype: torch.dtype = torch.bfloat16
+    device: str = "meta"
+    B: int = 4
+    T: int = 4096
+    H: int = 8
+
+    def draw(self, *size, dtype=None, grad=True):
+        x = torch.randn(size, dtype=dtype or self.dtype, device=self.device)
+        return x.requires_grad_(grad)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One use of one op. `prepare(shape)` -> (differentiable inputs, function of them that returns the outputs)."""
+
+    name: str
+    prepare: Callable
+    backward: bool = True
+    decoding: bool = False  # one token of every sequence
+    counted: tuple[int, int] = (1, 128)  # heads and tokens on which FLOPs are counted; they grow linearly with both
+
+    def tokens(self, shape):
+        return shape.B if self.decoding else shape.B * shape.T
+
+    def run(self, inputs, function, backward=True):
+        """Forward, and backward for every input, of what `prepare` gave. Returns outputs and gradients."""
+        backward = backward and self.backward
+        with torch.set_grad_enabled(backward):
+            outputs = function(*inputs)
+        if not backward:
+            return [*outputs]
+        return [*outputs, *torch.autograd.grad(outputs, inputs, [torch.ones_like(o) for o in outputs])]
+
+
+def _rule(rule, decay, *, packed=False, groups=1, states=False):
+    """decay: None, or the number of dimensions of g. packed: B sequences in one row, of which one is empty."""
+
+    def prepare(s):
+        B, T, HV = (1, s.B * s.T, s.H * groups) if packed else (s.B, s.T, s.H * groups)
+        q, k = (normalize(s.draw(B, T, s.H, s.K, grad=False), dim=-1).requires_grad_() for _ in range(2))
+        inputs = {"q": q, "k": k, "v": s.draw(B, T, HV, s.V)}
+        if rule == "delta_rule":
+            inputs["beta"] = s.draw(B, T, HV, dtype=torch.float32, grad=False).sigmoid().requires_grad_()
+        if decay:
+            size = (HV,) if decay == 1 else (B, T, HV, s.K)[:decay]
+            inputs["g"] = (s.draw(*size, dtype=torch.float32, grad=False).abs() * -0.1).requires_grad_()
+        if states:
+            inputs["initial_state"] = s.draw(s.B + 1 if packed else s.B, HV, s.K, s.V, dtype=torch.float32)
+        cu = torch.arange(-1, s.B + 1, device=s.device).clamp(min=0).int() * s.T if packed else None
+
+        def function(*values):
+            given = dict(zip(inputs, values))
+            o, state = getattr(api, rule)(**given, return_state=states, cu_seqlens=cu, backend="triton")
+            return (o, state) if states else (o,)
+
+        return [*inputs.values()], function
+
+    return prepare
+
+
+def _step(rule, decay):
+    def prepare(s):
+        q, k, v = s.draw(s.B, s.H, s.K), s.draw(s.B, s.H, s.K), s.draw(s.B, s.H, s.V)
+        state = s.draw(s.B, s.H, s.K, s.V, dtype=torch.float32)
+        beta = s.draw(s.B, s.H, dtype=torch.float32) if rule == "delta_rule" else None
+        g = -s.draw(*(s.B, s.H, s.K)[:decay], dtype=torch.float32, grad=False).abs() if decay else None
+        return [], lambda: api.step(rule, state, q, k, v, beta, g, backend="triton")
+
+    return prepare
+
+
+def _choices(s):
+    """Balanced, so that counts do not depend on luck: token t goes to memories t and t + 1 of M."""
+    token = torch.arange(s.B * s.T, device=s.device).view(s.B, s.T, 1)
+    indices = (token + torch.arange(TOPK, device=s.device)) % MEMORIES
+    return indices, s.draw(s.B, s.T, TOPK, dtype=torch.float32)
+
+
+def _routes(s):
+    """The weights, of which the routes are a function, and the routes."""
+    indices, weights = _choices(s)
+    return weights, api.route(indices, weights, num_memories=MEMORIES, shared=True, backend="triton")
+
+
+def _route(s):
+    indices, weights = _choices(s)
+
+    def function():
+        r = api.route(indices, weights, num_memories=MEMORIES, shared=True, backend="triton")
+        return r.token, r.row, r.cu_seqlens, r.memory_offsets
+
+    return [], function
+
+
+def _grouped(s):
+    _, routes = _routes(s)
+    weight = s.draw(MEMORIES + 1, s.H * (s.K + s.V), HIDDEN)
+    inputs = [s.draw(s.B * s.T, HIDDEN), weight]
+    offsets = routes.memory_offsets
+    return inputs, lambda x, w: (api.grouped_linear(x, w, offsets, routes=routes, backend="triton"),)
+
+
+def _conv(*, gathered=False, packed=False, states=False, normalized=True):
+    """gathered: what MoM does to its reads, rows of tokens that follow their buckets; packed: to its writes."""
+
+    def prepare(s):
+        routes = _routes(s)[1] if gathered or packed else None
+        B, T, D = (1, len(routes.token), s.H * s.K) if packed else (s.B, s.T, s.H * s.K)
+        inputs = [s.draw(B, T, D), s.draw(D, TAPS)]
+        given = {"normalize": s.K if normalized else None, "return_state": states, "backend": "triton"}
+        given |= {"routes": routes} if gathered else {"cu_seqlens": routes.cu_seqlens} if packed else {}
+        if states:
+            inputs.append(s.draw(B, D, TAPS - 1))
+
+        def function(x, weight, state=None):
+            y, last = api.short_conv(x, weight, initial_state=state, **given)
+            return (y, last) if states else (y,)
+
+        return inputs, function
+
+    return prepare
+
+
+def _norm(*, gathered):
+    """gathered: the rows of every token are combined first."""
+
+    def prepare(s):
+        weights, routes = _routes(s)
+        inputs = [s.draw(len(routes.token) if gathered else s.B * s.T, s.H, s.V), s.draw(s.V)]
+        inputs += [s.draw(s.B * s.T, s.H, s.V)] + [weights] * gathered
+        given = {"eps": 1e-5, "routes": routes if gathered else None, "backend": "triton"}
+        return inputs, lambda o, weight, gate, *_: (api.gated_norm(o, weight, gate, **given),)
+
+    return prepare
+
+
+CASES = [
+    *(
+        Case(f"{name} {label}", _rule(rule, decay))
+        for rule, name in (("linear_attention", "attention"), ("delta_rule", "delta"))
+        for label, decay in (("no decay", None), ("constant", 1), ("scalar", 3), ("channel", 4))
+    ),
+    *(
+        Case(f"{name} {label} packed", _rule(rule, decay, packed=True, states=True))
+        for rule, name in (("linear_attention", "attention"), ("delta_rule", "delta"))
+        for label, decay in (("no decay", None), ("constant", 1), ("scalar", 3), ("channel", 4))
+    ),
+    Case("delta scalar grouped heads", _rule("delta_rule", 3, groups=2)),
+    Case("attention channel grouped heads", _rule("linear_attention", 4, groups=2)),
+    Case("step attention channel", _step("linear_attention", 3), backward=False, decoding=True),
+    Case("step delta scalar", _step("delta_rule", 2), backward=False, decoding=True),
+    Case("route", _route, backward=False),
+    Case("conv", _conv(states=True, normalized=False)),
+    Case("conv of reads", _conv(gathered=True)),
+    Case("conv of writes", _conv(packed=True)),
+    Case("norm and gate", _norm(gathered=False)),
+    Case("combine, norm and gate", _norm(gathered=True)),
+    Case("grouped projections", _grouped, counted=(1, 256)),
+]
+
+
+def title(kernel):
+    """A kernel's name in tables: its file and its function."""
+    return f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__.strip('_').removesuffix('_kernel')}"
+
+
+def start_counting(names, widths, backward=True):
+    """Starts what `count_flops` does; the process prints its result as JSON."""
+    command = [sys.executable, "-m", __name__, json.dumps([list(names), list(widths), backward])]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def count_flops(names, widths, backward=True):
+    """Floating-point operations a token of every kernel: {"KxV": {case: {kernel: FLOPs}}}, for the heads of a Shape.
+
+    names of cases; widths: pairs (K, V); backward: or forward alone. What is counted are the products of matrices
+    (tl.dot, 2 M N K each, so also what masks throw away) that the interpreter executes on short inputs, in a process of
+    its own, with the tiles of `tuning.target` for 16-bit inputs.
+    """
+    return finish_counting(start_counting(names, widths, backward))
+
+
+def finish_counting(process):
+    """The result of `start_counting`; raises CalledProcessError where it failed."""
+    text, _ = process.communicate()
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, process.args)
+    return json.loads(text)
+
+
+def _count_case(case, K, V, backward=True):
+    """{kernel: FLOPs a token of a Shape's heads}, under the interpreter."""
+    from triton.runtime import interpreter
+
+    counts, running, (H, T) = Counter(), [], case.counted
+    prepared = case.prepare(Shape(K, V, torch.float16, "cpu", B=1, T=T, H=H))
+    dot, call = interpreter.InterpreterBuilder.create_dot, interpreter.GridExecutor.__call__
+
+    def counting_dot(self, a, b, accumulator, *rest):
+        counts[running[-1]] += 2 * a.data.size * b.data.shape[-1]
+        return accumulator  # nothing that is executed depends on a product's values
+
+    def named_call(self, *args, **options):
+        running.append(title(self.fn))
+        counts[running[-1]] += 0
+        return call(self, *args, **options)
+
+    interpreter.InterpreterBuilder.create_dot, interpreter.GridExecutor.__call__ = counting_dot, named_call
+    try:
+        case.run(*prepared, backward)
+    finally:
+        interpreter.InterpreterBuilder.create_dot, interpreter.GridExecutor.__call__ = dot, call
+    return {name: count / T * Shape.H / H for name, count in counts.items()}
+
+
+def _main():
+    names, widths, backward = json.loads(sys.argv[1])
+    cases = [case for case in CASES if case.name in names]
+    print(json.dumps({f"{K}x{V}": {case.name: _count_case(case, K, V, backward) for case in cases} for K, V in widths}))
+
+
+if __name__ == "__main__":
+    _main()

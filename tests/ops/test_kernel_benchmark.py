@@ -1,0 +1,55 @@
+"""The kernel benchmark on the CPU, where its times say nothing."""
+
+import pytest
+
+from linear_moe.ops import kernel_benchmark as benchmark
+from linear_moe.ops import measure
+from tests.helpers import fresh_seed
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    fresh_seed()
+
+
+@pytest.mark.parametrize("rule", ("retention", "kda"))
+def test_table(capsys, monkeypatch, rule):
+    counted = dict.fromkeys(measure.MODES, 1000.0)
+    monkeypatch.setattr(benchmark, "SIZES", [benchmark.Size(4, 2048, 16, 64)])
+    monkeypatch.setattr(benchmark, "REFERENCE_TOKENS", 20)
+    monkeypatch.setattr(benchmark, "flops_per_token", lambda rules, widths: {(rules[0].case, 64): counted})
+    assert benchmark.kernels(repeats=1, rules=[rule], device="cpu", scale=1 / 64) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith(f"| {rule}") and "2/32/1/64" in lines[-1]
+
+
+def test_unknown_rule():
+    with pytest.raises(ValueError, match=r"rules \(foo\) must be among linear_attention, "):
+        benchmark.kernels(rules=["foo"], device="cpu")
+
+
+def test_decode():
+    rule = next(rule for rule in benchmark.RULES if rule.name == "gated_deltanet")
+    assert benchmark._decode(rule, benchmark.Size(2, 0, 1, 64), context=20, repeats=1, device="cpu", steps=2) > 0
+
+
+def test_packed_inputs_and_grouped_heads():
+    size = benchmark.Size(3, 16, 2, 16, HV=4, packed=True)
+    rule = next(rule for rule in benchmark.RULES if rule.name == "gated_deltanet")
+    inputs = benchmark.draw(rule, size, "cpu", benchmark.torch.float32)
+    assert benchmark.ours(rule, size, "cpu", "torch")(*inputs.values()).shape == (1, 48, 4, 16)
+    assert str(size) == "3/16/2:4/16 packed"
+
+
+def test_floor_is_the_longer_of_bytes_and_flops():
+    x = benchmark.torch.zeros(1000, requires_grad=True)
+    none = dict.fromkeys(measure.MODES, 0)
+    moved = measure.floor([x], x, none)
+    assert moved["forward"] == pytest.approx(1e3 * 8000 / measure.BANDWIDTH)
+    assert moved["both"] == pytest.approx(moved["forward"] + moved["backward"])
+    assert measure.floor([x], x, none | {"both": 790e12})["both"] == pytest.approx(1e3)
+
+
+def test_a_missing_peer_names_the_extra():
+    with pytest.raises(ImportError, match=r"linear-moe\[peers\]"):
+        measure.load("no_such_module:function", "fla")
