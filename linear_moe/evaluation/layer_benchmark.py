@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from linear_moe.mom import MoMConfig, Router, make_routes
+from linear_moe.ops import grouped_linear
 from linear_moe.ops.kernel_benchmark import RULES, Size, flops_per_token
 from linear_moe.ops.measure import (
     MODES,
@@ -215,12 +216,34 @@ def mom(peer=None, repeats=20, device="cuda", scale=1.0):
             cells += [f"{least:.3f}", f"{least / both:.0%}"] if least else ["", ""]
             memory = peak(side, side.inputs(x), do)
             rows.append((side.name, str(size), *cells, f"{saved[i]:.0f}", f"{memory:.0f}"))
+        rows += projections(size, device, dtype, repeats)
         checks += _checks(sides, size, draws, device, dtype, times["both"], saved, repeats)
     header = ["layer", "B/T/H/D", *(f"{mode} ms" for mode in MODES), "floor ms", "reached", "saved B/token", "peak MiB"]
     print(f"{heading(device)}\n\n{table(header, rows)}\n")
     for good, line in checks:
         print(f"{'ok  ' if good else 'MISS'} {line}")
     return sum(not good for good, _ in checks)
+
+
+def projections(size, device, dtype, repeats):
+    """Rows of the table for the write projections alone: the kernel that gathers rows as it loads them, and torch's
+    F.grouped_mm on gathered rows."""
+    layer = Layer(size, MOM, dtype, device)
+    x = torch.randn(size.B * size.T, size.H * size.D, device=device).to(dtype).requires_grad_()
+    routes = make_routes(layer.router(x), MOM, (size.B, size.T), None, 1.0)
+    sides = []
+    for backend in ("auto", "torch"):
+
+        def run(x, weight, backend=backend):
+            return grouped_linear(x, weight, routes.memory_offsets, routes=routes, backend=backend)
+
+        do = torch.randn(len(routes.token), layer.core.rows.weight.shape[1], device=device).to(dtype)
+        sides.append((run, [([x, layer.core.rows.weight], do)]))
+    times = measure(sides, device, repeats)
+    names = ("write projections, rows gathered on load", "write projections, gather and F.grouped_mm")
+    return [
+        (name, str(size), *(f"{times[mode][i]:.3f}" for mode in MODES), "", "", "", "") for i, name in enumerate(names)
+    ]
 
 
 def _measure(sides, size, device, dtype, repeats):

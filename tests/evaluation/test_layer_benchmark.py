@@ -13,6 +13,7 @@ def test_table_and_checks(capsys, monkeypatch):
     monkeypatch.setattr(benchmark, "flops_per_token", lambda rules, widths: {(benchmark.RULE.case, 64): counted})
     benchmark.mom(repeats=1, device="cpu", scale=1 / 32)
     out = capsys.readouterr().out
+    assert "| write projections, gather and F.grouped_mm " in out
     for name in ("ours MoM", "ours plain", "ours MoM, recompute"):
         assert f"| {name} " in out and f"ok   2/64/1/64 {name}: errors" in out
 
