@@ -17,6 +17,12 @@ def _shape(rule, name, x, *allowed):
     _require(x.is_floating_point(), rule, f"{name} must be floating point, not {x.dtype}")
 
 
+def _one_device(rule, x, **others):
+    for name, other in others.items():
+        fits = other is None or other.device == x.device
+        _require(fits, rule, f"{name} and the input must be on one device ({x.device})")
+
+
 def check_cu_seqlens(rule, cu_seqlens, B, T, device):
     """The number of sequences. Values are only read on a CPU, where that is free."""
     if cu_seqlens is None:
@@ -89,6 +95,7 @@ def check_conv(x, weight, activation, normalize, initial_state, return_state, cu
         N = len(routes.cu_seqlens) - 1
     else:
         N = check_cu_seqlens(rule, cu_seqlens, B, T, x.device)
+    _one_device(rule, x, weight=weight, initial_state=initial_state, routes=None if routes is None else routes.token)
     if weight is None:
         _require(initial_state is None and not return_state, rule, "without a weight there is no state")
         return
@@ -106,6 +113,7 @@ def check_grouped(x, weight, offsets, routes):
     fits = x.ndim == 2 and weight.ndim == 3 and x.shape[1] == weight.shape[2] and offsets.shape == weight.shape[:1]
     shapes = f"{[*x.shape]}, {[*weight.shape]} and {[*offsets.shape]}"
     _require(fits, rule, f"x must be [R, D], weight [G, E, D] and offsets [G], not {shapes}")
+    _one_device(rule, x, weight=weight, offsets=offsets)
     if routes is not None:
         _require(len(routes.row) == len(x), rule, f"the routes are of {len(routes.row)} tokens, x has {len(x)}")
 
@@ -121,5 +129,6 @@ def check_norm(o, weight, gate, activation, routes):
     if routes is not None:
         _require(len(routes.token) == rows, rule, f"the routes have {len(routes.token)} rows, o has {rows}")
         tokens = len(routes.row)
+    _one_device(rule, o, weight=weight, gate=gate)
     if gate is not None:
         _shape(rule, "gate", gate, {"tokens": tokens, "HV": HV, "V": V})

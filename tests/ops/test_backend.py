@@ -58,3 +58,18 @@ def test_a_differentiated_step_is_refused():
         ops.step("linear_attention", state, q, k, v, backend="triton")
     with torch.no_grad():
         ops.step("linear_attention", state, q, k, v, backend="triton")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda meta: ops.short_conv(torch.zeros(1, 4, 8), meta(8, 4)),
+        lambda meta: ops.grouped_linear(torch.zeros(4, 8), meta(2, 6, 8), torch.zeros(2, dtype=torch.int32)),
+        lambda meta: ops.gated_norm(torch.zeros(4, 2, 8), meta(8), eps=1e-5),
+        lambda meta: ops.gated_norm(torch.zeros(4, 2, 8), torch.ones(8), meta(4, 2, 8), eps=1e-5),
+    ],
+    ids=("conv", "grouped", "norm", "gate"),
+)
+def test_one_device(call):
+    with pytest.raises(ValueError, match="must be on one device"):
+        call(lambda *shape: torch.zeros(shape, device="meta"))
