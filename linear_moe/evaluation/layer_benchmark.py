@@ -184,11 +184,10 @@ def replay(side, x, repeats):
     """(milliseconds of forward and backward replayed from a CUDA graph, whether the bits are those of a plain run)."""
     inputs, do = side.inputs(x), torch.ones_like(x)
     expected = gradients(side(*inputs), inputs, do)
-    graph = graph_of(lambda: gradients(side(*inputs), inputs, do))
-    with graph as run:
+    with graph_of(lambda: gradients(side(*inputs), inputs, do)) as (run, found):
         run()
         torch.cuda.synchronize()
-        same = all(torch.equal(a, b) for a, b in zip(graph.result, expected))
+        same = all(torch.equal(a, b) for a, b in zip(found, expected))
         times = measure([(lambda: run(), [([], do)])], "cuda", repeats, modes=("forward",))
     return times["forward"][0], same
 

@@ -155,7 +155,7 @@ def flops_per_token(rules, widths):
     both, forward = (count_flops(names, pairs, backward=backward) for backward in (True, False))
     for case in (case for case in CASES if case.name in names):
         for D, _ in pairs:
-            ahead, whole = (sum(x[f"{D}x{D}"][case.name].values()) / 8 for x in (forward, both))
+            ahead, whole = (sum(x[f"{D}x{D}"][case.name].values()) / 8 if x else 0 for x in (forward, both))
             found[case.name, D] = {"forward": ahead, "backward": whole - ahead, "both": whole}
     return found
 
@@ -249,6 +249,6 @@ def _decode(rule, size, context, repeats, device, steps=16):
             for _ in range(steps):
                 _, S = api.step(rule.ours, S, **x, backend="triton")
 
-        with graph_of(run) if cuda else nullcontext(run) as replay:
+        with graph_of(run) if cuda else nullcontext((run, None)) as (replay, _):
             times = [milliseconds(device, lambda: None, lambda _: replay()) for _ in range(repeats)]
     return size.B * steps / (1e-3 * statistics.median(times))

@@ -9,6 +9,7 @@ import os
 import statistics
 import subprocess
 import time
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from .triton.report import BANDWIDTH, FLOPS
 
 MODES = ("forward", "backward", "both")
 TOLERANCE = 1e-2  # relative error of bf16 results
-DELAY = 4_000_000  # GPU clock cycles, about two milliseconds
+DELAY = 20_000_000  # GPU clock cycles, about ten milliseconds
 
 
 class NoGPU(OSError):
@@ -151,23 +152,16 @@ def floor(inputs, do, flops):
     return {mode: 1e3 * max(moved[mode] / BANDWIDTH, flops[mode] / FLOPS) for mode in MODES}
 
 
-class graph_of:
-    """A context in which `function` is a captured CUDA graph: gives what replays it."""
-
-    def __init__(self, function):
-        self.function = function
-
-    def __enter__(self):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # first compile and allocate, outside the graph
-            for _ in range(3):
-                self.function()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.result = self.function()
-        return self.graph.replay
-
-    def __exit__(self, *_):
-        del self.graph
+@contextmanager
+def graph_of(function):
+    """`function` as a captured CUDA graph: gives what replays it, and what it returned, which replays fill anew."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # first compile and allocate, outside the graph
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+    yield graph.replay, result

@@ -135,7 +135,8 @@ def floors(moved, flops):
     longer of the two, on an H200.
     """
     for (case, (K, V), kernel), sizes in moved.items():
-        work, size = flops[f"{K}x{V}"][case][kernel], sum(sizes)
+        size = sum(sizes)
+        work = flops[f"{K}x{V}"][case][kernel] if flops else 0
         yield Floor(case, f"{K}x{V}", kernel, len(sizes), size, work, 1e9 * max(size / BANDWIDTH, work / FLOPS))
 
 
