@@ -28,6 +28,16 @@ def _without_autocast(device_type):
     return torch.autocast(device_type, enabled=False) if known else nullcontext()
 
 
+def _run(rule, operands, scale, initial_state, return_state, cu_seqlens, backend):
+    """A rule over sequences, its operands checked, by the chosen backend."""
+    _, k, v, *_ = operands
+    backend = choose_backend(rule, backend, v, k.shape[-1], v.shape[-1])
+    module = kernels("rules") if backend == "triton" else {"torch": chunk, "reference": reference}[backend]
+    options = {"initial_state": initial_state, "return_state": return_state, "cu_seqlens": cu_seqlens}
+    with _without_autocast(v.device.type):
+        return getattr(module, rule)(*operands, scale=k.shape[-1] ** -0.5 if scale is None else scale, **options)
+
+
 def linear_attention(
     q, k, v, g=None, *, scale=None, initial_state=None, return_state=False, cu_seqlens=None, backend="auto"
 ):
@@ -37,15 +47,7 @@ def linear_attention(
     Raises ValueError for shapes, dtypes, cu_seqlens or a backend that do not fit.
     """
     check_rule("linear_attention", q, k, v, None, g, initial_state, cu_seqlens)
-    backend = choose_backend("linear_attention", backend, v, k.shape[-1], v.shape[-1])
-    rule = (
-        kernels("rules") if backend == "triton" else {"torch": chunk, "reference": reference}[backend]
-    ).linear_attention
-    scale = k.shape[-1] ** -0.5 if scale is None else scale
-    with _without_autocast(v.device.type):
-        return rule(
-            q, k, v, g, scale=scale, initial_state=initial_state, return_state=return_state, cu_seqlens=cu_seqlens
-        )
+    return _run("linear_attention", (q, k, v, g), scale, initial_state, return_state, cu_seqlens, backend)
 
 
 def delta_rule(
@@ -58,13 +60,7 @@ def delta_rule(
     Raises ValueError for shapes, dtypes, cu_seqlens or a backend that do not fit.
     """
     check_rule("delta_rule", q, k, v, beta, g, initial_state, cu_seqlens)
-    backend = choose_backend("delta_rule", backend, v, k.shape[-1], v.shape[-1])
-    rule = (kernels("rules") if backend == "triton" else {"torch": chunk, "reference": reference}[backend]).delta_rule
-    scale = k.shape[-1] ** -0.5 if scale is None else scale
-    with _without_autocast(v.device.type):
-        return rule(
-            q, k, v, beta, g, scale=scale, initial_state=initial_state, return_state=return_state, cu_seqlens=cu_seqlens
-        )
+    return _run("delta_rule", (q, k, v, beta, g), scale, initial_state, return_state, cu_seqlens, backend)
 
 
 def short_conv(

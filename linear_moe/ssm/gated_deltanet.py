@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from linear_moe.ops import delta_rule, widen
+from linear_moe.ops import widen
 from linear_moe.ssm.deltanet import DeltaNet
 from linear_moe.ssm.mixer import HeadParameter, Projection
 
@@ -41,15 +41,6 @@ class GatedDeltaNet(DeltaNet):
     def parameters_per_head(self):
         return decay_parameters()
 
-    def recur(self, q, k, v, beta, a, *, p, state, return_state, cu_seqlens, positions):
+    def recur(self, q, k, v, beta, a, *, p, **options):
         g = -widen(p["A_log"]).exp() * F.softplus(widen(a.squeeze(-1)) + p["dt_bias"])
-        return delta_rule(
-            q,
-            k,
-            v,
-            widen(beta.squeeze(-1)).sigmoid(),
-            g,
-            initial_state=state,
-            return_state=return_state,
-            cu_seqlens=cu_seqlens,
-        )
+        return super().recur(q, k, v, beta, p=p, g=g, **options)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from linear_moe.ops import delta_rule, widen
+from linear_moe.ops import widen
 from linear_moe.ssm.deltanet import DeltaNet
 from linear_moe.ssm.gated_deltanet import decay_parameters
 from linear_moe.ssm.mixer import HeadParameter, Projection
@@ -42,18 +42,9 @@ class KimiDeltaAttention(DeltaNet):
             "gate_bias": HeadParameter(init=lambda heads: torch.zeros(heads, self.config.value_head_dim)),
         }
 
-    def recur(self, q, k, v, beta, a, *, p, state, return_state, cu_seqlens, positions):
+    def recur(self, q, k, v, beta, a, *, p, **options):
         g = -widen(p["A_log"]).exp()[:, None] * F.softplus(widen(a) + p["dt_bias"])
-        return delta_rule(
-            q,
-            k,
-            v,
-            widen(beta.squeeze(-1)).sigmoid(),
-            g,
-            initial_state=state,
-            return_state=return_state,
-            cu_seqlens=cu_seqlens,
-        )
+        return super().recur(q, k, v, beta, p=p, g=g, **options)
 
     def output(self, o, gate, p, routes):
         return super().output(o, gate + p["gate_bias"].to(gate.dtype), p, routes)

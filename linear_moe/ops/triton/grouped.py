@@ -5,9 +5,8 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from ..backend import DTYPES
 from .launch import configure, kernel, launch, precision
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def grouped_linear(x, weight, offsets, token=None, row=None):

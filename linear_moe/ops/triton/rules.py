@@ -157,11 +157,9 @@ def _key_gradients(p, q, k, v, beta, g, r, do, dz, states, dstates, need_dg):
     dtype = k.dtype if groups == 1 else torch.float32
     dq, dk = (p.empty(p.tokens, p.HV, p.K, dtype=dtype) for _ in range(2))
     dg = None
-    if not need_dg:
-        pass
-    elif p.decay == CONSTANT:  # chunks beyond the last write nothing
+    if need_dg and p.decay == CONSTANT:  # chunks beyond the last write nothing
         dg = torch.zeros(p.chunks.count, p.HV, blocks, device=p.device)
-    else:
+    elif need_dg:
         dg = p.empty(p.tokens, p.HV, p.K if p.decay == CHANNEL else blocks)
     launch(
         key_gradients, (p.chunks.count * p.HV * blocks,), q, k, v, beta, g, r, do, dz, states, dstates, dq, dk, dg,
