@@ -6,6 +6,7 @@ import argparse
 import difflib
 import functools
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
@@ -181,6 +182,22 @@ def check_arguments(args) -> None:
     if args.fp8 and "layernorm" in missing_te and "L" in options.pattern:
         raise ValueError("recompute_modules layernorm with fp8 is for softmax layers only; the pattern has linear ones")
     moe_layers(args.moe_layer_freq, args.num_experts, args.num_layers)
+    if options.mixer(options.mixer_config).value_residual:
+        _check_value_residual(args, options)
+
+
+def _check_value_residual(args, options: LayerOptions) -> None:
+    """Every layer takes the first one's values, so these must be there, as they were."""
+    pipeline = args.pipeline_model_parallel_size
+    wrong = {
+        "layer_pattern": (options.pattern, options.pattern[0] != "L", "start with L"),
+        "mom_memories": (args.mom_memories, args.mom_memories, "be 0: layers route tokens to other memories' rows"),
+        "pipeline_model_parallel_size": (pipeline, pipeline > 1, "be 1"),
+        "recompute_granularity": (args.recompute_granularity, args.recompute_granularity == "full", "not be full"),
+    }
+    for name, (value, refused, rule) in wrong.items():
+        if refused:
+            raise ValueError(f"mixer option value_residual: {name} ({value}) must {rule}")
 
 
 def config_argv(config: Mapping[str, object], source: str = "config") -> list[str]:
@@ -229,21 +246,36 @@ def _actions() -> dict[str, argparse.Action]:
 
 
 def read_config(path: str | Path) -> dict:
-    """A YAML mapping of arguments.
+    """A YAML mapping of arguments, its keys with ``-``. ``base: other.yaml``, relative to the file, names a mapping that
+    it overrides key by key; null takes a key back.
 
     Raises:
-        ValueError: no such file, or not a mapping.
+        ValueError: no such file, not a mapping, or a file that is its own base.
     """
-    path = Path(path)
+    return _read_config(Path(path), ())
+
+
+def _read_config(path: Path, above: tuple[Path, ...]) -> dict:
+    path = Path(os.path.normpath(path))
+    chain = (*above, path)
+    named = f"configuration {path}" + (f" (base of {above[-1]})" if above else "")
+    if path in above:
+        raise ValueError(f"configuration {path} is its own base: {' -> '.join(map(str, chain))}")
     if not path.is_file():
-        raise ValueError(f"configuration {path} does not exist")
+        raise ValueError(f"{named} does not exist")
     try:
         config = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise ValueError(f"configuration {path} is not valid YAML: {error}") from None
+        raise ValueError(f"{named} is not valid YAML: {error}") from None
     if not isinstance(config, dict):
-        raise ValueError(f"configuration {path} must map argument names to values, but is a {type(config).__name__}")
-    return config
+        raise ValueError(f"{named} must map argument names to values, but is a {type(config).__name__}")
+    config = {str(key).replace("_", "-"): value for key, value in config.items()}
+    base = config.pop("base", None)
+    if base is None:
+        return config
+    if not isinstance(base, str):
+        raise ValueError(f"{named}: base must be the name of a file, but is {base!r}")
+    return _read_config(path.parent / base, chain) | config
 
 
 def expand_argv(argv: list[str]) -> list[str]:

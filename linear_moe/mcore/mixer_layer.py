@@ -46,7 +46,7 @@ class MixerLayer(MegatronModule):
     Args:
         config, submodules, layer_number (from 1), pg_collection: as Megatron gives them to self-attention.
         mixer: the mixer's class. mixer_config: its options. mom: Mixture-of-Memories, or None.
-        recompute: see MixerCore.
+        first_values, recompute: see MixerCore.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class MixerLayer(MegatronModule):
         mixer: type[Mixer],
         mixer_config: Mixer.Config,
         mom: MoMConfig | None,
+        first_values: dict[str, Tensor] | None = None,
         recompute: bool = False,
         pg_collection=None,
         name: str | None = None,
@@ -79,6 +80,7 @@ class MixerLayer(MegatronModule):
             shards=self.tp_group.size(),
             shard=self.tp_group.rank(),
             replicated=self._replicated,
+            first_values=first_values,
             recompute=recompute,
             **factory,
         )

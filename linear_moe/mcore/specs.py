@@ -87,10 +87,10 @@ def layer_specs(config, options: LayerOptions, vp_stage: int | None = None) -> T
         raise ValueError(f"transformer_impl must be local or transformer_engine, but is {config.transformer_impl}")
     submodules = _te_submodules if use_te else _local_submodules
     layers = list(zip(options.pattern, moe_layers(config.moe_layer_freq, config.num_moe_experts, config.num_layers)))
-    specs = {}
+    specs, first_values = {}, {}
     for letter, moe in set(layers):
         softmax = submodules(config, moe)
-        chosen = softmax if letter == "N" else _with_mixer(softmax, options, use_te)
+        chosen = softmax if letter == "N" else _with_mixer(softmax, options, use_te, first_values)
         specs[letter, moe] = ModuleSpec(module=TransformerLayer, submodules=chosen)
     every = [specs[layer] for layer in layers]
     if config.pipeline_model_parallel_layout is not None:
@@ -102,7 +102,9 @@ def layer_specs(config, options: LayerOptions, vp_stage: int | None = None) -> T
     return TransformerBlockSubmodules(layer_specs=own, layer_norm=_te_norm() if use_te else Norm)
 
 
-def _with_mixer(softmax: TransformerLayerSubmodules, options: LayerOptions, use_te: bool) -> TransformerLayerSubmodules:
+def _with_mixer(
+    softmax: TransformerLayerSubmodules, options: LayerOptions, use_te: bool, first_values: dict
+) -> TransformerLayerSubmodules:
     """A softmax layer with a mixer in its attention's place.
 
     The input norm is a module of its own also with Transformer Engine: router, read and write projections share it.
@@ -114,6 +116,7 @@ def _with_mixer(softmax: TransformerLayerSubmodules, options: LayerOptions, use_
             "mixer": options.mixer,
             "mixer_config": options.mixer_config,
             "mom": options.mom,
+            "first_values": first_values,
             "recompute": options.recompute,
         },
         submodules=MixerLayerSubmodules(linear_proj=linear_proj),

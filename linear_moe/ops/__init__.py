@@ -1,22 +1,43 @@
 """Update rules, short convolution and routing as pure functions of tensors."""
 
-from .api import combine, delta_rule, gated_norm, grouped_linear, linear_attention, route, short_conv, step
+from .api import (
+    combine,
+    delta_rule,
+    dplr,
+    gated_norm,
+    grouped_linear,
+    gsa,
+    linear_attention,
+    route,
+    rwkv6,
+    short_conv,
+    step,
+    titans_linear,
+    ttt_linear,
+)
 from .norm import l2_norm, rms_norm, widen
 from .routing import Routes, gather, topk_router
+from .shift import token_shift
 
 __all__ = [
     "Routes",
     "combine",
     "delta_rule",
+    "dplr",
     "gated_norm",
     "gather",
     "grouped_linear",
+    "gsa",
     "l2_norm",
     "linear_attention",
     "rms_norm",
     "route",
+    "rwkv6",
     "short_conv",
     "step",
+    "titans_linear",
+    "token_shift",
     "topk_router",
+    "ttt_linear",
     "widen",
 ]

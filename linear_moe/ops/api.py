@@ -9,17 +9,32 @@ Everything is differentiable, states and constant decays included.
 """
 
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch.nn.functional import silu
 
-from . import chunk, norm, reference, routing
+from . import chunk, compose, norm, online, reference, routing, slots
 from . import grouped as grouped_torch
 from . import short_conv as conv
 from .backend import choose_backend, kernels
-from .check import check_conv, check_grouped, check_norm, check_rule, check_step
+from .check import (
+    check_conv,
+    check_dplr,
+    check_grouped,
+    check_gsa,
+    check_norm,
+    check_online,
+    check_rule,
+    check_rwkv6,
+    check_step,
+)
 from .step import RULES
 from .step import step as step_torch
+
+KERNELS = {"linear_attention": "rules", "delta_rule": "rules", "dplr": "dplr"}  # of linear_moe.ops.triton
+KERNELS |= {"read_by_value": "slots"}
+PARTS = {"rwkv6": ("linear_attention",), "gsa": ("linear_attention", "read_by_value")}  # of what is in compose.py
 
 
 def _without_autocast(device_type):
@@ -28,14 +43,23 @@ def _without_autocast(device_type):
     return torch.autocast(device_type, enabled=False) if known else nullcontext()
 
 
+def _function(rule, backend):
+    """What runs a rule on a backend: a function of its own, or a composition of such."""
+    if rule in PARTS and backend != "reference":
+        return partial(getattr(compose, rule), *(_function(part, backend) for part in PARTS[rule]))
+    if backend == "triton":
+        return getattr(kernels(KERNELS[rule]), rule)
+    return getattr(reference if backend == "reference" else slots if rule == "read_by_value" else chunk, rule)
+
+
 def _run(rule, operands, scale, initial_state, return_state, cu_seqlens, backend):
     """A rule over sequences, its operands checked, by the chosen backend."""
     _, k, v, *_ = operands
-    backend = choose_backend(rule, backend, v, k.shape[-1], v.shape[-1])
-    module = kernels("rules") if backend == "triton" else {"torch": chunk, "reference": reference}[backend]
+    widths = [x.shape[-1] for x in operands if x is not None and x.ndim == 4]
+    function = _function(rule, choose_backend(rule, backend, v, *widths))
     options = {"initial_state": initial_state, "return_state": return_state, "cu_seqlens": cu_seqlens}
     with _without_autocast(v.device.type):
-        return getattr(module, rule)(*operands, scale=k.shape[-1] ** -0.5 if scale is None else scale, **options)
+        return function(*operands, scale=k.shape[-1] ** -0.5 if scale is None else scale, **options)
 
 
 def linear_attention(
@@ -61,6 +85,106 @@ def delta_rule(
     """
     check_rule("delta_rule", q, k, v, beta, g, initial_state, cu_seqlens)
     return _run("delta_rule", (q, k, v, beta, g), scale, initial_state, return_state, cu_seqlens, backend)
+
+
+def dplr(q, k, v, a, b, g, *, scale=None, initial_state=None, return_state=False, cu_seqlens=None, backend="auto"):
+    """S_t = Diag(e^g_t) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T,  o_t = scale S_t^T q_t (RWKV-7, arXiv 2503.14456).
+
+    a reads the state before its decay; |a| = 1 and b = -iclr a, iclr in (0, 1), keep the state bounded. q, k, a, b, g
+    [B, T, H, K] and v [B, T, H, V]: as many key heads as value heads, a decay a channel; q, k, v, a, b share a dtype.
+    scale defaults to K^-1/2. Returns (o [B, T, H, V], final state or None).
+    Raises ValueError for shapes, dtypes, cu_seqlens or a backend that do not fit.
+    """
+    check_rule("dplr", q, k, v, None, g, initial_state, cu_seqlens)
+    check_dplr(k, v, a, b, g)
+    return _run("dplr", (q, k, v, a, b, g), scale, initial_state, return_state, cu_seqlens, backend)
+
+
+def rwkv6(q, k, v, g, u, *, scale=None, initial_state=None, return_state=False, cu_seqlens=None, backend="auto"):
+    """S_t = Diag(e^g_t) S_{t-1} + k_t v_t^T,  o_t = scale (S_{t-1}^T q_t + (q_t . (u * k_t)) v_t) (arXiv 2404.05892).
+
+    q, k, g [B, T, H, K]; v [B, T, H, V]; u, the current token's bonus, [H, K]: as many key heads as value heads, a
+    decay a channel. One token of decoding is this function with T = 1. scale defaults to K^-1/2.
+    Returns (o [B, T, H, V], final state or None).
+    Raises ValueError for shapes, dtypes, cu_seqlens or a backend that do not fit.
+    """
+    check_rwkv6(q, k, v, g, u, initial_state, cu_seqlens)
+    return _run("rwkv6", (q, k, v, g, u), scale, initial_state, return_state, cu_seqlens, backend)
+
+
+def gsa(q, k, v, s, g, *, scale=None, initial_state=None, return_state=False, cu_seqlens=None, backend="auto"):
+    """Gated slot attention over M slots (arXiv 2409.07146): with the slots' keys Kt = Diag(e^g_t) Kt + s_t k_t^T and
+    values Vt = Diag(e^g_t) Vt + s_t v_t^T, p_t = softmax(scale Kt q_t) over the slots and o_t = Vt^T p_t.
+
+    q, k [B, T, H, K]; v [B, T, H, V]; s, g [B, T, H, M], q, k, v, s of one dtype. The state is a tuple, (Kt
+    [N, H, M, K], Vt [N, H, M, V]). One token of decoding is this function with T = 1. scale defaults to K^-1/2.
+    Returns (o [B, T, H, V], final state or None).
+    Raises ValueError for shapes, dtypes, cu_seqlens or a backend that do not fit.
+    """
+    check_gsa(q, k, v, s, g, initial_state, cu_seqlens)
+    return _run("gsa", (q, k, v, s, g), scale, initial_state, return_state, cu_seqlens, backend)
+
+
+def _run_online(rule, operands, mini_batch, scale, backend, options):
+    """A rule that learns online, its operands checked, by the chosen backend."""
+    _, k, v, *_ = operands
+    obstacle = None
+    if max(k.shape[-1], v.shape[-1]) > online.MAX_WIDTH:
+        obstacle = f"its kernels take heads of at most {online.MAX_WIDTH} channels, not {max(k.shape[-1], v.shape[-1])}"
+    elif mini_batch > online.MAX_MINI_BATCH:
+        obstacle = f"its kernels take mini-batches of at most {online.MAX_MINI_BATCH} tokens, not {mini_batch}"
+    backend = choose_backend(rule, backend, v, obstacle=obstacle)
+    module = kernels("online") if backend == "triton" else {"torch": online, "reference": reference}[backend]
+    scale = k.shape[-1] ** -0.5 if scale is None else scale
+    with _without_autocast(v.device.type):
+        return getattr(module, rule)(*operands, scale=scale, mini_batch=mini_batch, **options)
+
+
+def ttt_linear(
+    q, k, v, eta, token_scale, weight, bias, *,
+    eps=1e-6, scale=None, mini_batch=16, initial_state=None, offset=None, return_state=False, cu_seqlens=None,
+    backend="auto",
+):  # fmt: skip
+    """TTT-Linear (arXiv 2407.04620): a linear model W with bias, trained on the tokens while it reads them.
+
+    A mini-batch is `mini_batch` tokens, counted from a sequence's start. With W_0 the model at its start, for its
+    tokens acc_t = acc_{t-1} + eta_t [k_t, 1] grad_t^T,  o_t = (W_0 - s_t acc_t)^T [scale q_t, 1], where grad_t is the
+    gradient at z = W_0^T [k_t, 1] of 1/2 |LN(z; weight, bias) - (v_t - k_t)|^2 (LN with eps). Behind its last token W_0
+    becomes W_0 - s_t acc_t, and acc 0.
+
+    q, k, v [B, T, H, D]; eta and s = token_scale (None: ones) [B, T, H]; weight, bias [H, D]. scale defaults to D^-1/2.
+    States [N, H, 2, D + 1, D], (W_0, acc), the bias of W its last row; offset int [N] (None: zeros): how many tokens of
+    its mini-batch a state has seen, so that parts of a sequence equal the whole. Returns (o [B, T, H, D], final state
+    or None). Raises ValueError for shapes, dtypes, cu_seqlens, an offset or a backend that do not fit.
+    """
+    gates = {"eta": eta} | ({} if token_scale is None else {"token_scale": token_scale})
+    head = {"weight": weight, "bias": bias}
+    check_online("ttt_linear", q, k, v, gates, head, offset, mini_batch, initial_state, cu_seqlens)
+    options = {"eps": eps, "initial_state": initial_state, "offset": offset}
+    options |= {"return_state": return_state, "cu_seqlens": cu_seqlens}
+    operands = (q, k, v, eta, token_scale, weight, bias)
+    return _run_online("ttt_linear", operands, mini_batch, scale, backend, options)
+
+
+def titans_linear(
+    q, k, v, theta, g, m, *,
+    scale=None, mini_batch=16, initial_state=None, offset=None, return_state=False, cu_seqlens=None, backend="auto",
+):  # fmt: skip
+    """Titans' linear memory (arXiv 2501.00663): gradient descent with momentum and forgetting.
+
+    Z_t = e^m_t Z_{t-1} - theta_t k_t (S_0^T k_t - v_t)^T,  S_t = e^g_t S_{t-1} + Z_t,  o_t = scale S_t^T q_t, with S_0
+    the S at the start of the mini-batch of `mini_batch` tokens, counted from the sequence's start.
+
+    q, k [B, T, H, K]; v [B, T, H, V]; the rate theta and the logarithms g = log(1 - alpha), m = log(eta), both <= 0,
+    [B, T, H]. scale defaults to K^-1/2. States [N, H, 3, K, V], (S_0, S, Z), and offset as in ttt_linear. Returns
+    (o [B, T, H, V], final state or None). Raises ValueError for shapes, dtypes, cu_seqlens, an offset or a backend that
+    do not fit.
+    """
+    gates = {"theta": theta, "g": g, "m": m}
+    check_online("titans_linear", q, k, v, gates, {}, offset, mini_batch, initial_state, cu_seqlens)
+    options = {"initial_state": initial_state, "offset": offset}
+    options |= {"return_state": return_state, "cu_seqlens": cu_seqlens}
+    return _run_online("titans_linear", (q, k, v, theta, g, m), mini_batch, scale, backend, options)
 
 
 def short_conv(
@@ -151,27 +275,27 @@ def gated_norm(o, weight, gate=None, *, eps, activation="silu", routes=None, bac
     return norm.gated_norm(o, weight, gate, eps=eps, activation=activation, routes=routes)
 
 
-def step(rule, state, q, k, v, beta=None, g=None, *, scale=None, backend="auto"):
-    """One token of `rule` ("linear_attention" or "delta_rule") for every sequence of a batch, for decoding.
+def step(rule, state, q, k, v, beta=None, g=None, a=None, b=None, *, scale=None, backend="auto"):
+    """One token of `rule` ("linear_attention", "delta_rule" or "dplr") for every sequence of a batch, for decoding.
 
     state [B, HV, K, V]; q, k [B, H, K]; v [B, HV, V]; beta [B, HV] for the delta rule, else None; g None, [HV],
-    [B, HV] or [B, HV, K]. Returns (o [B, HV, V] in v's dtype, new state); the given state is left as it is.
+    [B, HV] or [B, HV, K]; a, b [B, H, K] for dplr (with H = HV and g [B, H, K]), else None. Returns (o [B, HV, V] in v's dtype, new state); the given state is left as it is.
     Raises ValueError for an unknown rule, or shapes, dtypes or a backend that do not fit.
     """
     if rule not in RULES:
         raise ValueError(f"step: rule ({rule!r}) must be one of {sorted(RULES)}")
-    check_step(rule, state, q, k, v, beta, g)
+    check_step(rule, state, q, k, v, beta, g, a, b)
     scale = k.shape[-1] ** -0.5 if scale is None else scale
-    operands = [x for x in (state, q, k, v, beta, g) if x is not None]
+    operands = [x for x in (state, q, k, v, beta, g, a, b) if x is not None]
     differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in operands)
     obstacle = "one-token steps have no backward; decode under torch.no_grad()" if differentiated else None
     backend = choose_backend("step", backend, v, k.shape[-1], v.shape[-1], obstacle=obstacle)
     if backend == "triton":
-        return kernels("step").step(rule, state, q, k, v, beta, g, scale=scale)
+        return kernels("step").step(rule, state, q, k, v, beta, g, a, b, scale=scale)
     if backend == "torch":
         with _without_autocast(v.device.type):
-            return step_torch(rule, state, q, k, v, beta, g, scale=scale)
+            return step_torch(rule, state, q, k, v, beta, g, a, b, scale=scale)
     g = g.unsqueeze(1) if g is not None and g.ndim > 1 else g
-    operands = [x.unsqueeze(1) for x in (q, k, v, beta) if x is not None]
+    operands = [x.unsqueeze(1) for x in (q, k, v, beta, a, b) if x is not None]
     o, state = getattr(reference, rule)(*operands, g, scale=scale, initial_state=state, return_state=True)
     return o.squeeze(1), state

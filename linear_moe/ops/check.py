@@ -72,11 +72,95 @@ def check_rule(rule, q, k, v, beta, g, initial_state, cu_seqlens):
     _check_operands(rule, {"B": v.shape[0], "T": v.shape[1]}, q, k, v, beta, g, initial_state, N)
 
 
-def check_step(rule, state, q, k, v, beta, g):
+def check_dplr(k, v, a, b, g):
+    """What dplr asks beyond check_rule or check_step, of sequences or of one token: the same heads everywhere."""
+    lead = dict(zip(("B", "T"), v.shape[:-2]))
+    for name, x in (("k", k), ("a", a), ("b", b), ("g", g)):
+        _shape("dplr", name, x, {**lead, "H": v.shape[-2], "K": k.shape[-1]})
+    _one_device("dplr", v, a=a, b=b)
+    _require(a.dtype == b.dtype == v.dtype, "dplr", f"a, b, v must share a dtype, not {a.dtype}, {b.dtype}, {v.dtype}")
+
+
+def check_rwkv6(q, k, v, g, u, initial_state, cu_seqlens):
+    """The operands of rwkv6: as many key heads as value heads, a decay a channel."""
+    check_rule("rwkv6", q, k, v, None, g, initial_state, cu_seqlens)
+    (B, T, H, _), K = v.shape, k.shape[-1]
+    for name, x in (("k", k), ("g", g)):
+        _shape("rwkv6", name, x, {"B": B, "T": T, "H": H, "K": K})
+    _shape("rwkv6", "u", u, {"H": H, "K": K})
+    _one_device("rwkv6", v, u=u)
+
+
+def check_gsa(q, k, v, s, g, initial_state, cu_seqlens):
+    """The operands of gsa."""
+    rule = "gsa"
+    for name, x in (("v", v), ("k", k), ("s", s)):
+        _require(torch.is_tensor(x) and x.ndim == 4, rule, f"{name} must be a tensor [B, T, H, channels]")
+    (B, T, H, V), K, M = v.shape, k.shape[-1], s.shape[-1]
+    N = check_cu_seqlens(rule, cu_seqlens, B, T, v.device)
+    lead = {"B": B, "T": T, "H": H}
+    shapes = {"q": (q, {"K": K}), "k": (k, {"K": K}), "v": (v, {"V": V}), "s": (s, {"M": M}), "g": (g, {"M": M})}
+    for name, (x, width) in shapes.items():
+        _shape(rule, name, x, {**lead, **width})
+    if initial_state is not None:
+        fits = isinstance(initial_state, tuple) and len(initial_state) == 2
+        _require(fits, rule, "the state must be a tuple of two tensors, the slots' keys and values")
+        keys, values = initial_state
+        _shape(rule, "keys' state", keys, {"N": N, "H": H, "M": M, "K": K})
+        _shape(rule, "values' state", values, {"N": N, "H": H, "M": M, "V": V})
+        _one_device(rule, v, keys=keys, values=values)
+    _one_device(rule, v, q=q, k=k, s=s, g=g)
+    dtypes = [x.dtype for x in (q, k, v, s)]
+    _require(len({*dtypes}) == 1, rule, f"q, k, v, s must share a dtype, not {', '.join(map(str, dtypes))}")
+
+
+def check_shift(x, initial_state, cu_seqlens):
+    """The operands of token_shift; the number of sequences."""
+    rule = "token_shift"
+    _require(torch.is_tensor(x) and x.ndim == 3, rule, "x must be a tensor [B, T, D]")
+    N = check_cu_seqlens(rule, cu_seqlens, *x.shape[:2], x.device)
+    if initial_state is not None:
+        _shape(rule, "initial_state", initial_state, {"N": N, "D": x.shape[2]})
+        _one_device(rule, x, initial_state=initial_state)
+    return N
+
+
+def check_step(rule, state, q, k, v, beta, g, a, b):
     """The operands of one token."""
     _require(torch.is_tensor(v) and v.ndim == 3, rule, "v must be a tensor [B, HV, V]")
     _require(torch.is_tensor(state), rule, "state must be a tensor [B, HV, K, V]")
     _check_operands(rule, {"B": v.shape[0]}, q, k, v, beta, g, state, v.shape[0])
+    if rule == "dplr":
+        check_dplr(k, v, a, b, g)
+    else:
+        _require(a is None and b is None, rule, "a and b are operands of dplr only")
+
+
+def check_online(rule, q, k, v, gates, head, offset, mini_batch, initial_state, cu_seqlens):
+    """The operands of ttt_linear and titans_linear. gates [B, T, H] and head [H, V], tensors by name: see api.py."""
+    _require(torch.is_tensor(v) and v.ndim == 4, rule, "v must be a tensor [B, T, H, V]")
+    (B, T, H, V), N = v.shape, check_cu_seqlens(rule, cu_seqlens, *v.shape[:2], v.device)
+    _require(torch.is_tensor(k) and k.ndim == 4, rule, "k must be a tensor [B, T, H, K]")
+    K = V if head else k.shape[-1]
+    for name, x in (("q", q), ("k", k)):
+        _shape(rule, name, x, {"B": B, "T": T, "H": H, "K": K})
+    _shape(rule, "v", v, {"B": B, "T": T, "H": H, "V": V})
+    for name, x in gates.items():
+        _shape(rule, name, x, {"B": B, "T": T, "H": H})
+    for name, x in head.items():
+        _shape(rule, name, x, {"H": H, "V": V})
+    if initial_state is not None:
+        size = {"2": 2, "D + 1": V + 1, "D": V} if head else {"3": 3, "K": K, "V": V}
+        _shape(rule, "initial_state", initial_state, {"N": N, "H": H} | size)
+    if offset is not None:
+        fits = torch.is_tensor(offset) and offset.dtype in (torch.int32, torch.int64) and [*offset.shape] == [N]
+        _require(fits, rule, f"offset must be an int32 or int64 tensor [N] = [{N}], not {offset}")
+        if offset.device.type == "cpu":
+            fits = bool(((offset >= 0) & (offset < mini_batch)).all())
+            _require(fits, rule, f"offset must be at least 0 and below mini_batch ({mini_batch}): {offset.tolist()}")
+    _require(isinstance(mini_batch, int) and mini_batch > 0, rule, f"mini_batch ({mini_batch}) must be at least 1")
+    _one_device(rule, v, q=q, k=k, **gates, **head, initial_state=initial_state, offset=offset)
+    _require(q.dtype == k.dtype == v.dtype, rule, f"q, k, v must share a dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
 
 
 def check_conv(x, weight, activation, normalize, initial_state, return_state, cu_seqlens, routes):

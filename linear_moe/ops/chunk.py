@@ -5,6 +5,7 @@ Only differences of running decays that are <= 0 are ever exponentiated, so noth
 """
 
 import math
+from itertools import product
 
 import torch
 from torch.nn.functional import pad, threshold
@@ -44,47 +45,49 @@ def _exp(x, dtype):
     return threshold(x.to(dtype), math.log(torch.finfo(dtype).tiny) + 7, -math.inf).exp()
 
 
-def _products(lefts, k, g):
+def _products(lefts, rights, g):
     """The decayed products of a chunk, and the decays that tie it to its first and to its last state.
 
-    Returns, with G the running sum of g inside the chunk: for every x of lefts [R, C, K] the lower triangular [R, C, C]
-    sum_c x_ic k_jc e^(G_ic - G_jc); k decayed to the chunk's end [R, C, K]; e^G [R, C, K or 1] or None without decay.
+    Returns, with G the running sum of g inside the chunk: for every x of lefts and y of rights [R, C, K] the lower
+    triangular [R, C, C] sum_c x_ic y_jc e^(G_ic - G_jc), all of a left together; every right decayed to the chunk's end
+    [R, C, K]; e^G [R, C, K or 1] or None without decay.
     """
     if g is None:
-        return [(x @ k.mT).tril() for x in lefts], k, None
+        return [(x @ y.mT).tril() for x in lefts for y in rights], rights, None
     # float64: where strong and weak decays meet, the small differences of large sums must survive
     G = g.double().cumsum(1)
     # Tokens that reach the end undecayed (the last one, and the last before padding) and a token by itself stay out of
     # G's gradient: their large terms would cancel there only up to rounding, and hide what decays strongly.
     to_end = pad(g[:, 1:].flip(1).cumsum(1).flip(1), (0, 0, 0, 1))
-    from_start, k_end = _exp(G, g.dtype), k * _exp(to_end, g.dtype)
+    from_start, to_end = _exp(G, g.dtype), _exp(to_end, g.dtype)
+    ends = [y * to_end for y in rights]
     if g.shape[-1] > 1:
-        return _channel_products(lefts, k, G), k_end, from_start
+        return _channel_products(lefts, rights, G), ends, from_start
     itself = torch.eye(g.shape[1], dtype=g.dtype, device=g.device)
     not_before = torch.ones_like(itself, dtype=torch.bool).triu()
     decay = _exp((G - G.mT).masked_fill(not_before, -math.inf), g.dtype) + itself
-    return [(x @ k.mT) * decay for x in lefts], k_end, from_start
+    return [(x @ y.mT) * decay for x in lefts for y in rights], ends, from_start
 
 
-def _channel_products(lefts, k, G):
+def _channel_products(lefts, rights, G):
     """As _products, for a decay a channel: halves of halves, so that every exponent is taken from between i and j.
 
     The triangle of 2h tokens is [[first h, 0], [second x first, second h]]; both factors of the square are decayed
     towards the first half's last token.
     """
-    R, C, K = k.shape
-    blocks = [(x * k).sum(-1).view(R, C, 1, 1) for x in lefts]
+    R, C, K = G.shape
+    blocks = [(x * y).sum(-1).view(R, C, 1, 1) for x in lefts for y in rights]
     h = 1
     while h < C:
-        (Ga, Gb), (ka, _) = (x.view(R, C // (2 * h), 2, h, K).unbind(2) for x in (G, k))
-        middle = Ga[:, :, -1:]
-        down, up = _exp(Gb - middle, k.dtype), _exp(middle - Ga, k.dtype)
-        key = (ka * up).mT
-        for n, x in enumerate(lefts):
-            square = (x.view(R, C // (2 * h), 2, h, K)[:, :, 1] * down) @ key
+        (Ga, Gb), *halves = (x.view(R, C // (2 * h), 2, h, K).unbind(2) for x in (G, *lefts, *rights))
+        middle, dtype = Ga[:, :, -1:], lefts[0].dtype
+        down, up = _exp(Gb - middle, dtype), _exp(middle - Ga, dtype)
+        rows = [second * down for _, second in halves[: len(lefts)]]
+        columns = [(first * up).mT for first, _ in halves[len(lefts) :]]
+        for n, (x, y) in enumerate(product(rows, columns)):
             first, second = blocks[n].view(R, C // (2 * h), 2, h, h).unbind(2)
             upper = torch.cat([first, torch.zeros_like(first)], -1)
-            blocks[n] = torch.cat([upper, torch.cat([square, second], -1)], -2)
+            blocks[n] = torch.cat([upper, torch.cat([x @ y, second], -1)], -2)
         h *= 2
     return [x.view(R, C, C) for x in blocks]
 
@@ -102,7 +105,7 @@ def linear_attention(q, k, v, g=None, *, scale, initial_state=None, return_state
     """See api.linear_attention."""
     dtype = v.dtype
     layout, q, k, v, g, _, state = _prepare(q, k, v, g, None, scale, initial_state, cu_seqlens)
-    (scores,), k_end, decay = _products([q], k, g)
+    (scores,), (k_end,), decay = _products([q], [k], g)
     writes = k_end.mT @ v
     if decay is None:
         before, _, state = layout.scan(lambda S, write: (S + write, None), state, writes)
@@ -117,7 +120,7 @@ def delta_rule(q, k, v, beta, g=None, *, scale, initial_state=None, return_state
     w = (I+A)^-1 (b e^G k), the rule on a chunk is linear attention over the values u - w S_0."""
     dtype, V = v.dtype, v.shape[-1]
     layout, q, k, v, g, beta, state = _prepare(q, k, v, g, beta, scale, initial_state, cu_seqlens)
-    (scores, keys), k_end, decay = _products([q, k], k, g)
+    (scores, keys), (k_end,), decay = _products([q, k], [k], g)
     targets = beta * torch.cat([v, _decayed(k, decay)], -1)
     # unitriangular: the diagonal of `keys` is never read, neither here nor in the backward
     solved = torch.linalg.solve_triangular(beta * keys, targets, upper=False, unitriangular=True)
@@ -130,4 +133,29 @@ def delta_rule(q, k, v, beta, g=None, *, scale, initial_state=None, return_state
     chunks = (u, w, k_end) if decay is None else (u, w, k_end, _last(decay))
     before, values, state = layout.scan(update, state, *chunks)
     o = torch.baddbmm(scores @ values, _decayed(q, decay), before)
+    return layout.unpack(o).to(dtype), state if return_state else None
+
+
+def dplr(q, k, v, a, b, g, *, scale, initial_state=None, return_state=False, cu_seqlens=None):
+    """See api.dplr. a_{t+1} reads S_t, as q_t does: one row early, a is a second query, and no decay is its own.
+
+    u_t = a_t^T S_{t-1} solves u = (I - A_ab)^-1 (A_ak v + a~ S_0), strict triangles and a~_i = a_i e^(G_{i-1}).
+    """
+    dtype, V = v.dtype, v.shape[-1]
+    layout, q, k, v, g, _, state = _prepare(q, k, v, g, None, scale, initial_state, cu_seqlens)
+    a, b = (layout.pack(x.to(v.dtype)) for x in (a, b))
+    early = pad(a[:, 1:], (0, 0, 0, 1))
+    (qk, qb, ak, ab), ends, decay = _products([q, early], [k, b], g)
+    ak, ab = (pad(x[:, :-1], (0, 0, 1, 0)) for x in (ak, ab))
+    start = torch.cat([a[:, :1], a[:, 1:] * decay[:, :-1]], 1)
+    # unitriangular, as in delta_rule
+    solved = torch.linalg.solve_triangular(-ab, torch.cat([ak @ v, start], -1), upper=False, unitriangular=True)
+
+    def update(S, u, w, v, ends, d):
+        u = torch.baddbmm(u, w, S)
+        return torch.baddbmm(d * S, ends.mT, torch.cat([v, u], 1)), u
+
+    chunks = (*solved.split([V, k.shape[-1]], -1), v, torch.cat(ends, 1), _last(decay))
+    before, u, state = layout.scan(update, state, *chunks)
+    o = torch.baddbmm(torch.baddbmm(qk @ v, qb, u), q * decay, before)
     return layout.unpack(o).to(dtype), state if return_state else None

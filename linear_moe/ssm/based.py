@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from linear_moe.ops import combine, linear_attention
+from linear_moe.ops import combine
+from linear_moe.ssm.linear_attention import normalized_attention
 from linear_moe.ssm.mixer import Mixer, Projection
 
 
@@ -15,7 +16,17 @@ class Based(Mixer):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Mixer.Config):
-        """head_dim: before the feature map, 16 unless given; the state has 1 + K + K (K + 1) / 2 key channels."""
+        """head_dim: before the feature map, 16 unless given; the state has 1 + K + K (K + 1) / 2 key channels.
+
+        divisor_eps: added to q.sum(k).
+        """
+
+        divisor_eps: float = 1e-6
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if self.divisor_eps <= 0:
+                raise ValueError(f"mixer option divisor_eps must be positive, but is {self.divisor_eps}")
 
     @classmethod
     def default_options(cls, hidden_size, num_attention_heads):
@@ -25,6 +36,11 @@ class Based(Mixer):
     def key_channels(self):
         K = self.config.head_dim
         return 1 + K + K * (K + 1) // 2
+
+    @property
+    def state_size(self):
+        c = self.config
+        return c.num_value_heads * self.key_channels * (c.value_head_dim + 1)
 
     def projections(self):
         c = self.config
@@ -37,24 +53,27 @@ class Based(Mixer):
     def shared_parameters(self):
         return {}
 
-    def feature_map(self, x: Tensor) -> Tensor:
+    def feature_map(self, x: Tensor, p) -> Tensor:
         x = x * x.shape[-1] ** -0.25
-        i, j = torch.triu_indices(x.shape[-1], x.shape[-1], 1, device=x.device)
-        return torch.cat([torch.ones_like(x[..., :1]), x, 0.5**0.5 * x.square(), x[..., i] * x[..., j]], -1)
+        return torch.cat([torch.ones_like(x[..., :1]), x, 0.5**0.5 * quadratic(x)], -1)
 
     def recur(self, q, k, v, *, p, state, return_state, cu_seqlens, positions):
-        # The sum of the keys is carried as one more value column, which is always 1.
-        o, state = linear_attention(
-            self.feature_map(q),
-            self.feature_map(k),
-            torch.cat([v, torch.ones_like(v[..., :1])], -1),
-            scale=1.0,
+        return normalized_attention(
+            self.feature_map(q, p).to(v.dtype),
+            self.feature_map(k, p).to(v.dtype),
+            v,
+            eps=self.config.divisor_eps,
             initial_state=state,
             return_state=return_state,
             cu_seqlens=cu_seqlens,
         )
-        return o[..., :-1] / (o[..., -1:] + 1e-6), state
 
     def output(self, o, gate, p, routes):
         """The quotient is normalised already."""
         return o if routes is None else combine(o, routes)
+
+
+def quadratic(x: Tensor) -> Tensor:
+    """phi ``[..., K (K + 1) / 2]`` of x ``[..., K]`` with phi(x).phi(y) = (x.y)^2."""
+    i, j = torch.triu_indices(x.shape[-1], x.shape[-1], 1, device=x.device)
+    return torch.cat([x.square(), 2**0.5 * x[..., i] * x[..., j]], -1)

@@ -16,10 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linear_moe.ops import Routes, gather, grouped_linear, short_conv
+from linear_moe.ops.shift import token_shift
 from linear_moe.ssm.mixer import Mixer, Projection
 from linear_moe.ssm.recompute import Recompute
+from linear_moe.ssm.sequences import sequence_positions
 
 Sections = dict[str, int]
+INNER = {None: lambda x: x, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
 
 
 class FusedProjection(nn.Module):
@@ -29,36 +32,51 @@ class FusedProjection(nn.Module):
     replicated ``down`` ``[(copies,) sum of ranks, D]`` and one ``up_<name>`` ``[(copies,) local width, rank]`` each.
 
     Args:
-        sections: name -> full width. ranks: name -> rank, for those that are low-rank. copies: 0 for one matrix, else
-        how many there are, each for its own group of rows.
+        specs: name -> Projection. sections: name -> full width. copies: 0 for one matrix, else how many there are, each
+        for its own group of rows.
     """
 
-    def __init__(self, hidden_size, sections: Sections, ranks: Sections, copies: int, shards: int, **factory):
+    def __init__(
+        self, hidden_size, specs: dict[str, Projection], sections: Sections, copies: int, shards: int, **factory
+    ):
         super().__init__()
         lead = (copies,) if copies else ()
         self.axis = len(lead)
-        self.full = {name: width for name, width in sections.items() if name not in ranks}
+        self.ranks = {name: specs[name].low_rank for name in sections if specs[name].low_rank}
+        self.inner = {name: specs[name].inner for name in self.ranks}
+        self.full = {name: width for name, width in sections.items() if name not in self.ranks}
         self.local = {name: width // shards for name, width in self.full.items()}
-        self.ranks = ranks
         self.weight = nn.Parameter(torch.empty(*lead, sum(self.local.values()), hidden_size, **factory))
-        if ranks:
-            self.down = nn.Parameter(torch.empty(*lead, sum(ranks.values()), hidden_size, **factory))
-        for name, rank in ranks.items():
+        if self.ranks:
+            self.down = nn.Parameter(torch.empty(*lead, sum(self.ranks.values()), hidden_size, **factory))
+        for name, rank in self.ranks.items():
             up = torch.empty(*lead, sections[name] // shards, rank, **factory)
             self.register_parameter(f"up_{name}", nn.Parameter(up))
 
-    def forward(self, x: Tensor, replicated: Callable, routes: Routes | None = None) -> dict[str, Tensor]:
-        """x ``[..., D]`` -> name -> ``[..., local width]``; with routes, tokens -> rows by their memory's copy."""
+    def forward(
+        self, x: Tensor | dict[str, Tensor], replicated: Callable, routes: Routes | None = None
+    ) -> dict[str, Tensor]:
+        """x ``[..., D]`` -> name -> ``[..., local width]``; with routes, tokens -> rows by their memory's copy.
+
+        Where x is a dict, every projection of its names has its own input; with routes, of rows already.
+        """
 
         def product(x: Tensor, weight: Tensor, routes_of_x: Routes | None = None) -> Tensor:
             if routes is None:
                 return F.linear(x, weight)
             return grouped_linear(x, weight, routes.memory_offsets, routes=routes_of_x)
 
-        out = dict(zip(self.local, product(x, self.weight, routes).split(list(self.local.values()), -1)))
+        def products(weight: Tensor, sections: Sections) -> dict[str, Tensor]:
+            widths = [*sections.values()]
+            if not isinstance(x, dict):
+                return dict(zip(sections, product(x, weight, routes).split(widths, -1)))
+            parts = zip(sections, weight.split(widths, self.axis))
+            return {name: product(x[name], part.contiguous()) for name, part in parts if name in x}
+
+        out = products(self.weight, self.local)
         if self.ranks:
-            lower = product(x, replicated(self.down), routes).split(list(self.ranks.values()), -1)
-            for (name, _), low in zip(self.ranks.items(), lower):
+            for name, low in products(replicated(self.down), self.ranks).items():
+                low = INNER[self.inner[name]](low)
                 out[name] = product(low.contiguous(), getattr(self, f"up_{name}"))
         return out
 
@@ -82,6 +100,7 @@ class MixerCore(nn.Module):
         mixer: the mixer, for all heads. hidden_size: D.
         memories: how many memories have write projections of their own (the shared one included); 0 for none.
         shards, shard: tensor-parallel size and rank. replicated: applied to parameters that all shards copy.
+        first_values: what mixers with a value residual share, one dictionary for all layers of a model.
         recompute: make the rule's operands again in the backward from the projections' outputs; do not keep both.
 
     Raises:
@@ -97,6 +116,7 @@ class MixerCore(nn.Module):
         shards: int = 1,
         shard: int = 0,
         replicated: Callable[[Tensor], Tensor] = lambda parameter: parameter,
+        first_values: dict[str, Tensor] | None = None,
         recompute: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
@@ -109,7 +129,7 @@ class MixerCore(nn.Module):
                     f"mixer option {name} ({mixer.heads(per)}) must be divisible by the tensor parallel size ({shards})"
                 )
         self.mixer, self.shards, self.shard, self.replicated = mixer, shards, shard, replicated
-        self.recompute = recompute
+        self.first_values, self.recompute = first_values, recompute
         factory = {"dtype": dtype, "device": device}
         self.specs = mixer.projections()
         per_memory = {n for n, s in self.specs.items() if memories and s.role == "write"}
@@ -144,8 +164,7 @@ class MixerCore(nn.Module):
         if not names:
             return None
         sections = {n: self.specs[n].width * self.mixer.heads(self.specs[n].per) for n in names}
-        ranks = {n: self.specs[n].low_rank for n in names if self.specs[n].low_rank}
-        return FusedProjection(hidden_size, sections, ranks, copies, self.shards, **factory)
+        return FusedProjection(hidden_size, self.specs, sections, copies, self.shards, **factory)
 
     def _cut(self, full: Tensor, axis: int = 0) -> Tensor:
         return full.chunk(self.shards, axis)[self.shard]
@@ -206,18 +225,18 @@ class MixerCore(nn.Module):
         """x ``[B, T, D]``; routes: to which memories its tokens go; cu_seqlens: int32 ``[N + 1]``, then B is 1."""
         B, T, _ = x.shape
         heads = self.heads()
+        p = {name: self.replicated(value) for name, value in self.shared().items()} | self.constants
+        p |= {name: heads[name].view(shape) for name, shape in self.head_shapes.items()}
         positions = sequence_positions(B, T, cu_seqlens, x.device)
-        tokens = self.tokens(x, self.replicated)
+        tokens, rows = self._project(x, p, routes, cu_seqlens)
         gate = tokens.pop("gate", None)
         made: list[tuple[Tensor, Callable[[], Tensor]]] = []  # what short_conv returned, and how
         operands = {n: self._operand(n, value, heads, made, cu_seqlens, routes) for n, value in tokens.items()}
         if routes is not None:
             positions, cu_seqlens = positions.flatten()[routes.token].unsqueeze(0), routes.cu_seqlens
-            if self.rows is not None:
-                rows = self.rows(x.flatten(0, 1), self.replicated, routes)
-                operands |= {n: self._operand(n, value[None], heads, made, cu_seqlens) for n, value in rows.items()}
-        p = {name: self.replicated(value) for name, value in self.shared().items()} | self.constants
-        p |= {name: heads[name].view(shape) for name, shape in self.head_shapes.items()}
+            operands |= {n: self._operand(n, value[None], heads, made, cu_seqlens) for n, value in rows.items()}
+        if self.mixer.value_residual:
+            self.mixer.mix_values(operands, p, self.first_values)
         with Recompute(made) if self.recompute else nullcontext():
             o, _ = self.mixer.recur(
                 **operands, p=p, state=None, return_state=False, cu_seqlens=cu_seqlens, positions=positions
@@ -225,6 +244,25 @@ class MixerCore(nn.Module):
         if gate is not None:
             gate = gate.flatten(0, 1).unflatten(-1, (-1, self.specs["gate"].width))
         return self.mixer.output(o.flatten(0, 1), gate, p, routes).flatten(1).unflatten(0, (B, T))
+
+    def _project(self, x: Tensor, p, routes: Routes | None, cu_seqlens: Tensor | None):
+        """name -> projection of the tokens ``[B, T, width]``, and name -> projection of the rows ``[R, width]``."""
+        if not self.mixer.token_shift:
+            rows = self.rows(x.flatten(0, 1), self.replicated, routes) if self.rows is not None else {}
+            return self.tokens(x, self.replicated), rows
+        writes = [n for n, s in self.specs.items() if s.role == "write"]
+        names = [n for n in self.specs if routes is None or n not in writes]
+        shifted, _ = token_shift(x, cu_seqlens=cu_seqlens)
+        tokens = self.tokens(self.mixer.mix(names, x, shifted, p), self.replicated)
+        if routes is None:
+            return tokens, {}
+        # What enters a memory is mixed with the token that entered it before, also where memories share projections.
+        x = gather(x.flatten(0, 1), routes)
+        shifted, _ = token_shift(x[None], cu_seqlens=routes.cu_seqlens)
+        mixed = self.mixer.mix(writes, x, shifted[0], p)
+        if self.rows is None:
+            return tokens, self.tokens(mixed, self.replicated)
+        return tokens, self.rows(mixed, self.replicated, routes)
 
     def _operand(
         self,
@@ -258,13 +296,3 @@ def _fill_conv(tensor: Tensor) -> None:
     """Uniform in +-1/sqrt(taps), as torch's Conv1d starts."""
     bound = tensor.shape[1] ** -0.5
     tensor.uniform_(-bound, bound)
-
-
-def sequence_positions(B: int, T: int, cu_seqlens: Tensor | None, device) -> Tensor:
-    """Each token's place in its own sequence, int64 ``[B, T]``."""
-    token = torch.arange(T, device=device)
-    if cu_seqlens is None:
-        return token.expand(B, T)
-    ends = cu_seqlens[1:].long()
-    starts = cu_seqlens.long()[torch.searchsorted(ends, token, right=True).clamp(max=len(ends) - 1)]
-    return (token - starts).expand(B, T)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from linear_moe.ops import linear_attention, widen
-from linear_moe.ssm.mixer import HeadParameter, Mixer, Projection
+from linear_moe.ssm.mixer import HeadParameter, Mixer, Projection, require_equal_heads
 
 
 class HGRN2(Mixer):
@@ -21,11 +21,7 @@ class HGRN2(Mixer):
     class Config(Mixer.Config):
         def __post_init__(self) -> None:
             super().__post_init__()
-            if self.num_value_heads != self.num_heads:
-                raise ValueError(
-                    f"hgrn2's keys are its gates: num_value_heads ({self.num_value_heads}) must equal "
-                    f"num_heads ({self.num_heads})"
-                )
+            require_equal_heads(self, "hgrn2's keys are its gates")
 
     def projections(self):
         c = self.config

@@ -8,7 +8,7 @@ Mixture-of-Memories come for free. Inside ``recur`` and ``output`` every tensor 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, get_type_hints
 
@@ -34,6 +34,7 @@ class Projection:
         activation: ``"silu"`` or None, applied after the convolution, or alone where there is none.
         normalize: divide each head by its L2 norm, last of all.
         low_rank: factor the map through this many channels shared by all heads (0: a full matrix).
+        inner: activation between the two factors of a low-rank map: ``"tanh"``, ``"sigmoid"`` or None.
     """
 
     width: int
@@ -43,6 +44,7 @@ class Projection:
     activation: Literal["silu"] | None = None
     normalize: bool = False
     low_rank: int = 0
+    inner: Literal["tanh", "sigmoid"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +77,7 @@ class Mixer:
     # Floating-point operations of one token and head, in units of K V: 2 to write, 2 to read; a delta rule also reads
     # before it writes. The recurrence's own, whatever a chunked kernel computes beyond it.
     rule_flops = 4
+    token_shift = False  # whether each projection has an input of its own, that `mix` makes with the token before
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -121,13 +124,14 @@ class Mixer:
     def make_config(cls, hidden_size: int, num_attention_heads: int, options: Mapping[str, object]) -> Config:
         """The mixer's Config from the model's size and the user's options.
 
-        ``num_heads`` alone also sets ``num_value_heads`` and, where they are not given, the head widths.
+        ``num_heads`` alone also sets ``num_value_heads`` and, where they are not given, the head widths. A Config that
+        has a field ``hidden_size`` gets the model's; it is no option.
 
         Raises:
             ValueError: an option that does not exist (with the nearest that does) or has the wrong type.
         """
         types = get_type_hints(cls.Config)
-        allowed = [f.name for f in fields(cls.Config)]
+        allowed = [f.name for f in fields(cls.Config) if f.name != "hidden_size"]
         for name, value in options.items():
             if name not in allowed:
                 near = difflib.get_close_matches(name, allowed, n=1)
@@ -147,12 +151,18 @@ class Mixer:
                 f"hidden_size ({hidden_size}) must be divisible by num_heads ({heads}), "
                 "unless head_dim and value_head_dim are given"
             )
-        return cls.Config(**{**cls.default_options(hidden_size, heads), **options})
+        size = {"hidden_size": hidden_size} if "hidden_size" in types else {}
+        return cls.Config(**{**cls.default_options(hidden_size, heads), **size, **options})
 
     @property
     def key_channels(self) -> int:
         """K of a head's state, after any feature map."""
         return self.config.head_dim
+
+    @property
+    def state_size(self) -> int:
+        """Numbers that the recurrence keeps for one sequence, of all heads (under MoM: for each memory)."""
+        return self.config.num_value_heads * self.key_channels * self.config.value_head_dim
 
     def heads(self, per: PER) -> int:
         """Number of heads of the whole model of that kind."""
@@ -170,6 +180,29 @@ class Mixer:
         """name -> initial value of a parameter that all heads share (so it is replicated under TP)."""
         return {"norm": lambda: torch.ones(self.config.value_head_dim)}
 
+    def mix(self, names: Sequence[str], x: Tensor, previous: Tensor, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Token shift: the inputs of the projections of those names. Called where ``token_shift`` is True.
+
+        Args:
+            x: ``[..., hidden]``. previous: the token before in the same sequence, or under MoM, for write projections,
+                in the same bucket; zeros before the first.
+            p: the shared parameters, by name.
+
+        Returns:
+            name -> ``[..., hidden]``.
+        """
+        raise NotImplementedError
+
+    @property
+    def value_residual(self) -> bool:
+        """Whether the layers after the first mix its values into theirs, by `mix_values`."""
+        return False
+
+    def mix_values(self, operands: dict[str, Tensor], p: Mapping[str, Tensor], first: dict[str, Tensor]) -> None:
+        """Leaves the first layer's values in ``first``, or mixes them into another layer's ``operands["v"]``, in place
+        of the dictionaries. Called before ``recur`` where ``value_residual`` is True."""
+        raise NotImplementedError
+
     def recur(
         self,
         *operands: Tensor,
@@ -185,7 +218,8 @@ class Mixer:
             operands: ``[B, T, heads, width]`` each, after convolution, activation and normalisation. A subclass names
                 them.
             p: the parameters, by name.
-            state: ``[N, HV, K, V]`` or None; return_state: whether the final state is wanted.
+            state: ``[N, HV, K, V]``, or whatever the mixer itself returned as its state, or None; return_state:
+                whether the final state is wanted.
             cu_seqlens: int32 ``[N + 1]`` or None; positions: int64 ``[B, T]``, each token's place in its sequence.
 
         Returns:
@@ -196,6 +230,8 @@ class Mixer:
     def output(self, o: Tensor, gate: Tensor | None, p: Mapping[str, Tensor], routes: Routes | None) -> Tensor:
         """Per-head RMS norm of the answer, then the output gate if the mixer projects one.
 
+        Whatever ``recur`` returns arrives here; a mixer that returns more than V channels brings its own ``output``.
+
         Args:
             o: ``[tokens, HV, V]``, or with routes ``[rows, HV, V]``: combined first. gate: ``[tokens, HV, V]`` or None.
 
@@ -203,6 +239,14 @@ class Mixer:
             ``[tokens, HV, V]``.
         """
         return gated_norm(o, p["norm"], gate, eps=self.config.norm_eps, activation=self.gate_activation, routes=routes)
+
+
+def require_equal_heads(config: Mixer.Config, reason: str) -> None:
+    """Raises a ValueError that says why, unless there are as many value heads as heads."""
+    if config.num_value_heads != config.num_heads:
+        raise ValueError(
+            f"{reason}: num_value_heads ({config.num_value_heads}) must equal num_heads ({config.num_heads})"
+        )
 
 
 def rotary(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:

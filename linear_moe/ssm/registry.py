@@ -14,10 +14,16 @@ MIXERS = {
     "gla": "linear_moe.ssm.gla:GatedLinearAttention",
     "hgrn2": "linear_moe.ssm.hgrn2:HGRN2",
     "based": "linear_moe.ssm.based:Based",
+    "rebased": "linear_moe.ssm.rebased:ReBased",
+    "gsa": "linear_moe.ssm.gsa:GatedSlotAttention",
     "mamba2": "linear_moe.ssm.mamba2:Mamba2",
     "deltanet": "linear_moe.ssm.deltanet:DeltaNet",
     "gated_deltanet": "linear_moe.ssm.gated_deltanet:GatedDeltaNet",
     "kda": "linear_moe.ssm.kda:KimiDeltaAttention",
+    "rwkv6": "linear_moe.ssm.rwkv6:RWKV6",
+    "rwkv7": "linear_moe.ssm.rwkv7:RWKV7",
+    "ttt": "linear_moe.ssm.ttt:TTTLinear",
+    "titans": "linear_moe.ssm.titans:Titans",
 }
 
 

@@ -104,6 +104,9 @@ def test_patterns():
         expand_pattern("LLLN", 6)
 
 
+RESIDUAL = '--mixer rwkv7 --mixer-args {"value_residual":true}'
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -139,6 +142,16 @@ def test_patterns():
             "packed sequences under pipeline parallelism need micro_batch_size 1, not 2",
         ),
         ("--train-iters 4 --lr-warmup-iters 20", r"lr_warmup_iters \(20\) must be below lr_decay_iters or train_iters"),
+        (f"{RESIDUAL} --mom-memories 2", r"value_residual: mom_memories \(2\) must be 0"),
+        (f"{RESIDUAL} --layer-pattern NL", r"value_residual: layer_pattern \(NLNL\) must start with L"),
+        (
+            f"{RESIDUAL} --pipeline-model-parallel-size 2",
+            r"value_residual: pipeline_model_parallel_size \(2\) must be 1",
+        ),
+        (
+            f"{RESIDUAL} --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+            r"value_residual: recompute_granularity \(full\) must not be full",
+        ),
         ("--num-experts 2 --moe-layer-freq [0,1]", "moe_layer_freq must hold one 0 or 1 for each of the 4 layers"),
     ],
 )

@@ -15,6 +15,7 @@ PACKED = {
     "packed-no-sequence": [0],
 }
 H, HV, K, V = 2, 4, 8, 12
+VECTORS = ("q", "k", "v", "a", "b")  # operands that share a dtype
 
 
 def layouts(lengths=LENGTHS, packed=PACKED):
@@ -25,6 +26,7 @@ def layouts(lengths=LENGTHS, packed=PACKED):
 
 def inputs(rule, decay, B, T, cu_seqlens=None, *, heads=HV, strong=True):
     """{name: float64 tensor} of a rule's differentiable operands. Strong decays mix up to -50 with about -0.1."""
+    heads = H if rule == "dplr" else heads  # its heads are not grouped
     shapes = {"constant": (heads,), "scalar": (B, T, heads), "channel": (B, T, heads, K)}
     x = {
         "q": torch.randn(B, T, H, K),
@@ -33,6 +35,9 @@ def inputs(rule, decay, B, T, cu_seqlens=None, *, heads=HV, strong=True):
     }
     if rule == "delta_rule":
         x["beta"] = torch.rand(B, T, heads)
+    if rule == "dplr":  # as RWKV-7 draws them: otherwise the state explodes
+        x["a"] = -normalize(torch.randn(B, T, heads, K), dim=-1)
+        x["b"] = -torch.rand(B, T, heads, K) * x["a"]
     if decay != "none":
         g = -0.2 * torch.rand(shapes[decay])
         x["g"] = torch.where(torch.rand(shapes[decay]) < 0.1, 250 * g, g) if strong else g
@@ -41,9 +46,9 @@ def inputs(rule, decay, B, T, cu_seqlens=None, *, heads=HV, strong=True):
 
 
 def run(rule, x, dtype=torch.float64, **options):
-    """`results` of a rule with q, k, v in dtype; gates and states too, but never in less than float32."""
+    """`results` of a rule with its vectors in dtype; gates and states too, but never in less than float32."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    x = {name: tensor.to(dtype if name in ("q", "k", "v") else wide) for name, tensor in x.items()}
+    x = {name: tensor.to(dtype if name in VECTORS else wide) for name, tensor in x.items()}
     return results(getattr(ops, rule), x, **options)
 
 
@@ -76,7 +81,7 @@ def assert_matches_loop(rule, x, cu_seqlens=None):
 
 def assert_bf16(rule, x):
     """bf16 operands against the loop in float64 on the same rounded operands."""
-    x |= {name: x[name].bfloat16().double() for name in ("q", "k", "v")}
+    x |= {name: x[name].bfloat16().double() for name in VECTORS if name in x}
     assert_close(run(rule, x, torch.bfloat16), run(rule, x, backend="reference"), 1e-2, 1e-2)
 
 
@@ -105,7 +110,7 @@ def assert_causal(function, x, tokens, cuts):
 
 def assert_rule_causal(rule, decay):
     """Exact causality, dense (later tokens) and packed (later tokens and other sequences)."""
-    tokens = {"q", "k", "v", "beta"} | ({"g"} if decay in ("scalar", "channel") else set())
+    tokens = {*VECTORS, "beta"} | ({"g"} if decay in ("scalar", "channel") else set())
 
     def dense(**x):
         return getattr(ops, rule)(**x)[0]

@@ -102,7 +102,7 @@ def test_packed_batch_must_be_one():
 
 
 BAD_STEP = {
-    "rule": ({"rule": "softmax"}, "rule ('softmax') must be one of ['delta_rule', 'linear_attention']"),
+    "rule": ({"rule": "softmax"}, "rule ('softmax') must be one of ['delta_rule', 'dplr', 'linear_attention']"),
     "state": ({"state": None}, "state must be a tensor [B, HV, K, V]"),
     "beta": ({"rule": "linear_attention"}, "beta is an operand of delta_rule only"),
     "v": ({"v": torch.zeros(2, 1, 4, 12)}, "v must be a tensor [B, HV, V]"),

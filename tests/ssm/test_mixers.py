@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves
 
 from linear_moe.ssm import MIXERS, mixer_class
 from linear_moe.ssm.lightning import alibi_slopes
@@ -31,6 +32,34 @@ def loop(q, k, v, decay, beta=None, scale=K**-0.5):
         S = S + torch.einsum("hk,hv->hkv", k[t], new)
         o.append(scale * torch.einsum("hk,hkv->hv", q[t], S))
     return torch.stack(o)
+
+
+def gated_slots(x, f):
+    """What M slots hold after each token: ``[T, H, M, D]``."""
+    slots, found = torch.zeros(HV, f.shape[-1], x.shape[-1], dtype=x.dtype), []
+    for t in range(T):
+        slots = f[t][..., None] * slots + torch.einsum("hm,hd->hmd", 1 - f[t], x[t])
+        found.append(slots)
+    return torch.stack(found)
+
+
+def inner_training(q, k, v, eta, p):
+    """TTT-Linear with the inner loss's gradient from autograd, head by head."""
+    weight, bias = p["inner_weight"], p["inner_bias"]
+    answers = torch.empty(T, HV, K, dtype=torch.float64)
+    for h in range(HV):
+        W, b = p["first_weights"][h, :K], p["first_weights"][h, K]
+        inner = lambda z: F.layer_norm(z, (K,), weight[h], bias[h], 1e-6)  # noqa: B023, E731
+        for start in range(0, T, 16):
+            steps = [torch.zeros_like(W), torch.zeros_like(b)]
+            for n, t in enumerate(range(start, min(start + 16, T))):
+                W, b = W.detach().requires_grad_(), b.detach().requires_grad_()
+                loss = 0.5 * (inner(k[t, h] @ W + b) - (v[t, h] - k[t, h])).square().sum()
+                steps = [s + eta[t, h] * g for s, g in zip(steps, torch.autograd.grad(loss, (W, b)))]
+                scale = p["place"][n].clamp(min=0)
+                answers[t, h] = q[t, h] + inner(q[t, h] @ (W - scale * steps[0]) + b - scale * steps[1])
+            W, b = W - scale * steps[0], b - scale * steps[1]
+    return answers.detach()
 
 
 def expected(name, x, p):
@@ -64,6 +93,51 @@ def expected(name, x, p):
         s = torch.einsum("thk,shk->hts", q, k) * K**-0.5
         weights = (1 + s + s.square() / 2).tril()
         return torch.einsum("hts,shv->thv", weights, v) / (weights.sum(-1).mT[..., None] + 1e-6)
+    if name == "rebased":
+        q, k = (F.layer_norm(y, (K,)) * p["gamma"] + p["beta"] for y in (q, k))
+        q, k = (y.repeat_interleave(HV // H, 1) for y in (q, k))
+        weights = (torch.einsum("thk,shk->hts", q, k).square() / K).tril()
+        return torch.einsum("hts,shv->thv", weights, v) / (weights.sum(-1).mT[..., None] + 1e-2)
+    if name == "gsa":
+        f = x["slots"].sigmoid() ** (1 / 8)
+        slots = gated_slots(k, f), gated_slots(v, f)
+        return torch.einsum(
+            "thm,thmv->thv", (torch.einsum("thmk,thk->thm", slots[0], q) * K**-0.5).softmax(-1), slots[1]
+        )
+    if name == "rwkv6":
+        f = torch.exp(-torch.exp(p["w0"] + x["w"]))
+        S, o = torch.zeros(HV, K, V, dtype=torch.float64), []
+        for t in range(T):
+            now = torch.einsum("hk,hv->hkv", k[t], v[t])
+            o.append(torch.einsum("hk,hkv->hv", q[t], S + p["u"][..., None] * now))
+            S = f[t][..., None] * S + now
+        return torch.stack(o)
+    if name == "rwkv7":
+        f, iclr = torch.exp(-math.exp(-0.5) * (p["w0"] + x["w"]).sigmoid()), (p["iclr0"] + x["iclr"]).sigmoid()
+        kappa = k * p["xi"] / (k * p["xi"]).norm(dim=-1, keepdim=True)
+        k = k * (1 - p["alpha"] + p["alpha"] * iclr)
+        S, o = torch.zeros(HV, V, K, dtype=torch.float64), []  # the paper's: rows are values
+        for t in range(T):
+            transition = torch.diag_embed(f[t]) - torch.einsum("hi,hj->hij", kappa[t], iclr[t] * kappa[t])
+            S = S @ transition + torch.einsum("hv,hk->hvk", v[t], k[t])
+            o.append(torch.einsum("hvk,hk->hv", S, q[t]))
+        return torch.cat([torch.stack(o), (q * k * p["bonus"]).sum(-1, keepdim=True) * v], -1)
+    if name == "ttt":
+        return inner_training(q, k, v, x["rate"][..., 0].sigmoid() / K, p)
+    if name == "titans":
+        theta, alpha, eta = x["theta"].sigmoid() / 16, (x["alpha"] + p["alpha_bias"][:, None]).sigmoid(), x["eta"]
+        eta = (eta + p["eta_bias"][:, None]).sigmoid()
+        q, k = l2(q), l2(k)
+        S = Z = torch.zeros(HV, K, V, dtype=torch.float64)
+        o = []
+        for t in range(T):
+            if t % 16 == 0:
+                start = S
+            wrong = torch.einsum("hkv,hk->hv", start, k[t]) - v[t]
+            Z = eta[t][..., None] * Z - theta[t][..., None] * torch.einsum("hk,hv->hkv", k[t], wrong)
+            S = (1 - alpha[t][..., None]) * S + Z
+            o.append(torch.einsum("hkv,hk->hv", S, q[t]) * K**-0.5)
+        return torch.stack(o)
     beta = x["beta"][..., 0].sigmoid()
     if name == "deltanet":
         return loop(l2(q), l2(k), v, ones, beta)
@@ -76,10 +150,14 @@ def expected(name, x, p):
     raise AssertionError(f"no formula for {name}")
 
 
+EQUAL_HEADS = ("hgrn2", "gsa", "rwkv6", "rwkv7", "ttt", "titans")
+
+
 @pytest.mark.parametrize("name", MIXERS)
 def test_mixer_computes_its_formula(name, seed):
     cls = mixer_class(name)
-    options = {"num_heads": HV if name == "hgrn2" else H, "num_value_heads": HV, "head_dim": K, "value_head_dim": V}
+    options = {"num_heads": HV if name in EQUAL_HEADS else H, "num_value_heads": HV, "head_dim": K}
+    options["value_head_dim"] = K if name == "ttt" else V
     mixer = cls(cls.make_config(32, 4, options), layer=1, num_layers=4)
     specs = {n: s for n, s in mixer.projections().items() if s.role != "gate"}
     x = {n: torch.randn(T, mixer.heads(s.per), s.width, dtype=torch.float64) for n, s in specs.items()}
@@ -115,7 +193,8 @@ def test_state_carries_a_sequence(name, seed):
     first, state = run(0, 20, None)
     second, last = run(20, T, state)
     assert rel_err(torch.cat([first, second], 1), whole) < 1e-9
-    assert rel_err(last, final) < 1e-9
+    for ours, theirs in zip(tree_leaves(last), tree_leaves(final), strict=True):
+        assert rel_err(ours, theirs) < 1e-9
 
 
 def test_alibi_slopes():
@@ -131,6 +210,54 @@ def test_mamba2_norms_over_a_group_after_the_gate(seed):
     group = group / (group.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     weight = torch.rand(4, 16, dtype=torch.float64)
     assert rel_err(mixer.output(o, gate, {"norm": weight}, None), group.view_as(o) * weight) < 1e-12
+
+
+def dpfp(x, nu):
+    """arXiv 2102.11174, eq. 37: phi_{i nu}(k) = r_i r_{i + nu} of r = relu([k, -k]), the index round the end."""
+    r = torch.cat([x, -x], -1).relu()
+    n = r.shape[-1]
+    return torch.stack([r[..., i] * r[..., (i - shift) % n] for shift in range(1, nu + 1) for i in range(n)], -1)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("feature_map", ["relu", "dpfp", "hedgehog", "t2r"])
+def test_feature_maps(feature_map, normalize, seed):
+    cls = mixer_class("linear_attention")
+    options = {"num_heads": HV, "head_dim": K, "value_head_dim": V, "feature_map": feature_map, "nu": 3}
+    mixer = cls(cls.make_config(32, 4, options | {"normalize": normalize}))
+    q, k = torch.randn(2, 1, T, HV, K, dtype=torch.float64)
+    v = torch.randn(1, T, HV, V, dtype=torch.float64)
+    p = {n: torch.randn_like(init(), dtype=torch.float64) for n, init in mixer.shared_parameters().items()}
+    o, state = mixer.recur(q, k, v, p=p, state=None, return_state=True, cu_seqlens=None, positions=None)
+    maps = {
+        "relu": lambda x, name: x.relu(),
+        "dpfp": lambda x, name: dpfp(x, 3),
+        "hedgehog": lambda x, name: hedgehog(x @ p[f"{name}_map"].T + p[f"{name}_map_bias"]),
+        "t2r": lambda x, name: (x @ p[f"{name}_map"].T + p[f"{name}_map_bias"]).relu(),
+    }
+    q, k = maps[feature_map](q[0], "q"), maps[feature_map](k[0], "k")
+    weights = torch.einsum("thk,shk->hts", q, k).tril()
+    expected = torch.einsum("hts,shv->thv", weights, v[0])
+    expected = expected / (weights.sum(-1).mT[..., None] + 1e-6) if normalize else expected * q.shape[-1] ** -0.5
+    assert rel_err(o[0], expected) < 1e-9
+    assert mixer.key_channels == q.shape[-1] and mixer.state_size == state[0].numel()
+
+
+def hedgehog(y):
+    """arXiv 2402.04347: [e^y, e^-y], here of 2 y, divided by their sum."""
+    y = torch.cat([2 * y, -2 * y], -1).exp()
+    return y / y.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_state_has_the_size_it_says(name):
+    cls = mixer_class(name)
+    mixer = cls(cls.make_config(32, 4, {}), layer=1, num_layers=4)
+    x = {n: torch.randn(1, 3, mixer.heads(s.per), s.width) for n, s in mixer.projections().items() if s.role != "gate"}
+    p = {n: s.init(mixer.heads(s.per)) for n, s in mixer.parameters_per_head().items()}
+    p |= {n: init() for n, init in mixer.shared_parameters().items()}
+    _, state = mixer.recur(**x, p=p, state=None, return_state=True, cu_seqlens=None, positions=torch.arange(3)[None])
+    assert sum(leaf.numel() for leaf in tree_leaves(state) if leaf.is_floating_point()) == mixer.state_size
 
 
 def test_linear_attention_normalised_is_an_average(seed):
@@ -160,8 +287,14 @@ def test_rotary_depends_on_distance_only(seed):
         ("gla", {"num_heads": 3}, r"hidden_size \(32\) must be divisible by num_heads \(3\)"),
         ("deltanet", {"conv_size": 1}, "conv_size must be 0 .none. or at least 2, but is 1"),
         ("retention", {"head_dim": 7}, "even head_dim"),
-        ("linear_attention", {"feature_map": "gelu"}, "feature_map must be one of elu, relu, identity, but is 'gelu'"),
+        (
+            "linear_attention",
+            {"feature_map": "gelu"},
+            "feature_map must be one of elu, relu, identity, dpfp, hedgehog, t2r, but",
+        ),
         ("linear_attention", {"feature_map": "identity", "normalize": True}, "not negative"),
+        ("linear_attention", {"feature_map": "dpfp", "nu": 16}, r"nu \(16\) must be between 1 and .* \(15\)"),
+        ("linear_attention", {"hidden_size": 32}, "unknown mixer option 'hidden_size'"),
     ],
 )
 def test_bad_options(name, options, message):
