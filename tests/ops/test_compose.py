@@ -58,10 +58,9 @@ def test_without_a_state(rule):
     """As from zeros, and with a scale of the caller's."""
     fresh_seed()
     x = composed.inputs(rule, 2, 40)
-    states = {name: x.pop(name) for name in ("keys", "values", "initial_state") if name in x}
+    zeros = torch.zeros_like(x.pop("initial_state"))
     o, state = composed.RULES[rule](**x, scale=0.3)
-    zeros = {name: torch.zeros_like(tensor) for name, tensor in states.items()}
-    expected, _ = composed.RULES[rule](**x, **zeros, scale=0.3, backend="reference")
+    expected, _ = composed.RULES[rule](**x, initial_state=zeros, scale=0.3, backend="reference")
     assert state is None and rel_err(o, expected) < 1e-12
 
 
@@ -93,8 +92,18 @@ def test_gradcheck(rule):
 
 
 def test_exactly_causal(rule):
+    """Dense (later tokens) and packed (later tokens and other sequences)."""
     fresh_seed()
-    composed.assert_causal(rule)
+
+    def function(cu_seqlens):
+        return lambda **x: composed.RULES[rule](**x, cu_seqlens=cu_seqlens)[0]
+
+    cuts = [(slice(0, t), slice(t, None)) for t in (1, 30, 33, 64)]
+    cases.assert_causal(function(None), composed.inputs(rule, 2, 70), composed.TOKENS, cuts)
+    cu_seqlens = torch.tensor([0, 33, 33, 50, 90], dtype=torch.int32)
+    cuts = [(slice(33, 40), hidden) for hidden in (slice(0, 33), slice(40, None))]
+    cuts += [(slice(0, 33), slice(33, None)), (slice(50, 90), slice(0, 50))]
+    cases.assert_causal(function(cu_seqlens), composed.inputs(rule, 1, 90, cu_seqlens), composed.TOKENS, cuts)
 
 
 @pytest.mark.parametrize("cuts", ([0, 1, 34, 70], range(71)), ids=("parts", "tokens"))
@@ -102,15 +111,13 @@ def test_state_carries_over(rule, cuts):
     """Part by part, and as one decodes: token by token."""
     fresh_seed()
     x = composed.inputs(rule, 2, 70)
-    state = (x.pop("keys"), x.pop("values")) if rule == "gsa" else x.pop("initial_state")
-    function, parts = getattr(ops, rule), []
+    state, function, parts = x.pop("initial_state"), composed.RULES[rule], []
     whole, last = function(**x, initial_state=state, return_state=True)
     for start, end in pairwise(cuts):
         part = {name: tensor if tensor.ndim == 2 else tensor[:, start:end] for name, tensor in x.items()}
         o, state = function(**part, initial_state=state, return_state=True)
         parts.append(o)
     assert rel_err(torch.cat(parts, 1), whole) < 1e-12
-    state, last = (torch.cat(y, -1) if rule == "gsa" else y for y in (state, last))
     assert rel_err(state, last) < 1e-12
 
 
@@ -127,7 +134,8 @@ def test_gsa_agrees_with_fla():
     fresh_seed()
     x = {name: tensor.float() for name, tensor in composed.inputs("gsa", 2, 50).items()}
 
-    def theirs(*, keys, values, return_state, **x):
+    def theirs(*, initial_state, return_state, **x):
+        keys, values = initial_state.split([x["k"].shape[-1], x["v"].shape[-1]], -1)
         initial = keys.mT, values  # its keys' state is [N, H, K, M]
         o, (keys, values) = naive.naive_recurrent_gsa(**x, initial_state=initial, output_final_state=True)
         return o, torch.cat([keys.mT, values], -1)
@@ -152,7 +160,10 @@ BAD_RWKV6 = {
     "g": ({"g": torch.zeros(1, 6, 2)}, "rwkv6: g must be [B, T, H, K] = [1, 6, 2, 8], not [1, 6, 2]"),
     "no g": ({"g": None}, "rwkv6: g must be a tensor, not NoneType"),
     "u": ({"u": torch.zeros(2, 7)}, "rwkv6: u must be [H, K] = [2, 8], not [2, 7]"),
-    "heads": ({"v": torch.zeros(1, 6, 4, 12).double()}, "rwkv6: k must be [B, T, H, K] = [1, 6, 4, 8]"),
+    "heads": (
+        {"v": torch.zeros(1, 6, 4, 12).double(), "g": torch.zeros(1, 6, 4, 8)},
+        "rwkv6: k must be [B, T, H, K] = [1, 6, 4, 8], not [1, 6, 2, 8]",
+    ),
     "state": ({"initial_state": torch.zeros(1, 2, 8, 8)}, "rwkv6: state must be [N, HV, K, V] = [1, 2, 8, 12]"),
 }
 BAD_GSA = {
@@ -173,6 +184,6 @@ BAD = [("rwkv6", *BAD_RWKV6[name]) for name in BAD_RWKV6] + [("gsa", *BAD_GSA[na
 @pytest.mark.parametrize("rule, change, message", BAD, ids=[f"{rule}-{next(iter(change))}" for rule, change, _ in BAD])
 def test_refuses(rule, change, message):
     x = composed.inputs(rule, 1, 6)
-    x = {name: tensor for name, tensor in x.items() if name not in ("keys", "values", "initial_state")}
+    del x["initial_state"]
     with pytest.raises(ValueError, match=re.escape(message)):
         getattr(ops, rule)(**x | change)

@@ -24,7 +24,8 @@ def key_gradients(
     DECAY: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """dq, dk [tokens, HV, K]; dg [tokens, HV, K] for a decay a channel, [tokens, HV, key blocks] a head, [chunks, HV,
-    key blocks] for a constant one: sums over key blocks, chunks and the value heads of a key head are the caller's."""
+    key blocks] for a constant one: sums over key blocks, chunks and the value heads of a key head are the caller's.
+    Each may be None, but dg wants dk. Where dk is None, dstates may be too, and q is not read."""
     NK: tl.constexpr = (K + BK - 1) // BK
     i_kb = tl.program_id(0) % NK
     i_h = (tl.program_id(0) // NK) % HV
@@ -49,7 +50,8 @@ def key_gradients(
         b_do = (scale * b_do).to(b_do.dtype)
         # [BK, BV]
         b_S = load_state(states, i_c * HV + i_h, i_k, i_v, K, V)
-        b_dS = load_state(dstates, i_c * HV + i_h, i_k, i_v, K, V)
+        if dk is not None:
+            b_dS = load_state(dstates, i_c * HV + i_h, i_k, i_v, K, V)
         if DELTA:
             b_dz = load_tile(dz, first, rows, i_h, i_v, HV, V, C)
             b_v = (b_beta * load_tile(r, first, rows, i_h, i_v, HV, V, C)).to(b_do.dtype)
@@ -59,7 +61,8 @@ def key_gradients(
             b_v = load_tile(v, first, rows, i_h, i_v, HV, V, C)
         dA += dot(b_do, tl.trans(b_v), PRECISION)
         dq_start += dot(b_do.to(WIDE), tl.trans(b_S), PRECISION)
-        dk_end += dot(b_v.to(WIDE), tl.trans(b_dS), PRECISION)
+        if dk is not None:
+            dk_end += dot(b_v.to(WIDE), tl.trans(b_dS), PRECISION)
         if dg is not None:
             overlap += tl.sum(b_S.to(tl.float32) * b_dS.to(tl.float32), 1)
     # [C, BK]
@@ -97,8 +100,10 @@ def key_gradients(
         if DELTA:
             b_dM = (dM + tl.trans(dM)).to(b_k.dtype)
             b_dk += dk_start * from_start[:, None] + dot(b_dM, b_k, PRECISION)
-        store_tile(dq, b_dq, first, rows, i_h, i_k, HV, K, C)
-        store_tile(dk, b_dk, first, rows, i_h, i_k, HV, K, C)
+        if dq is not None:
+            store_tile(dq, b_dq, first, rows, i_h, i_k, HV, K, C)
+        if dk is not None:
+            store_tile(dk, b_dk, first, rows, i_h, i_k, HV, K, C)
 
 
 @triton.jit
@@ -122,12 +127,13 @@ def channel_gradients(
         right = (b_k * b_up).to(b_k.dtype)
         b_dA = tl.where(pairs, dA, 0)
         b_dq += b_down * dot(b_dA, right, PRECISION)
-        columns = dot(tl.trans(b_dA), (b_q * b_down).to(b_k.dtype), PRECISION)
-        if DELTA:
-            b_dM = tl.where(pairs, dM, 0)
-            rows_dk += b_down * dot(b_dM, right, PRECISION)
-            columns += dot(tl.trans(b_dM), (b_k * b_down).to(b_k.dtype), PRECISION)
-        columns_dk += b_up * columns
+        if dk is not None:
+            columns = dot(tl.trans(b_dA), (b_q * b_down).to(b_k.dtype), PRECISION)
+            if DELTA:
+                b_dM = tl.where(pairs, dM, 0)
+                rows_dk += b_down * dot(b_dM, right, PRECISION)
+                columns += dot(tl.trans(b_dM), (b_k * b_down).to(b_k.dtype), PRECISION)
+            columns_dk += b_up * columns
         down, up = widen_blocks(down, up, 1 << n)
     b_down, b_up = tl.exp(down), tl.exp(up)
     b_dq += dq_start * b_down
@@ -139,5 +145,7 @@ def channel_gradients(
         b_dg = tl.cumsum(starts, 0, reverse=True) + dot(until, b_k * dk_end, PRECISION)
         b_dg += (tl.exp(last_row(down)) * overlap)[None, :]
         store_tile(dg, b_dg, first, rows, i_h, i_k, HV, K, C)
-    store_tile(dq, b_dq + itself * b_k, first, rows, i_h, i_k, HV, K, C)
-    store_tile(dk, rows_dk + columns_dk + dk_end + itself * b_q, first, rows, i_h, i_k, HV, K, C)
+    if dq is not None:
+        store_tile(dq, b_dq + itself * b_k, first, rows, i_h, i_k, HV, K, C)
+    if dk is not None:
+        store_tile(dk, rows_dk + columns_dk + dk_end + itself * b_q, first, rows, i_h, i_k, HV, K, C)

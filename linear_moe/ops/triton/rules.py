@@ -18,7 +18,7 @@ from .prepare import prepare_channels, prepare_heads
 from .scan import scan_backward, scan_forward
 
 
-class _Problem:
+class Problem:
     """Sizes, kinds and layout of one call: what every kernel's launch has in common."""
 
     def __init__(self, k, v, beta, g, scale, cu_seqlens):
@@ -58,6 +58,10 @@ class _Problem:
     def empty(self, *shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device=self.device)
 
+    def empty_states(self):
+        """Room for one state a chunk and head."""
+        return self.empty(self.chunks.count, self.HV, self.K, self.V, dtype=self.wide)
+
 
 SCAN = ("H", "HV", "K", "V", "C", "BK", "DECAY", "DELTA", "PRECISION", "WIDE")
 
@@ -67,7 +71,7 @@ def block(width):
     return max(16, triton.next_power_of_2(width))
 
 
-class _Prepared:
+class Prepared:
     """What prepare.py's kernels leave for the scans. P is made where none is given."""
 
     def __init__(self, p, q, k, beta, g, P=None):
@@ -125,8 +129,8 @@ class _Prepared:
 class _Rule(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, beta, g, initial, cu_seqlens, scale, return_state):
-        p = _Problem(k, v, beta, g, scale, cu_seqlens)
-        prepared = _Prepared(p, q, k, beta, g)
+        p = Problem(k, v, beta, g, scale, cu_seqlens)
+        prepared = Prepared(p, q, k, beta, g)
         o = torch.empty_like(v)
         final = p.empty(p.N, p.HV, p.K, p.V) if return_state else None
         prepared.scan(p, v, beta, initial, o, None, None, final)
@@ -142,20 +146,37 @@ class _Rule(torch.autograd.Function):
         p = ctx.problem
         do = torch.zeros_like(v) if do is None else do.contiguous()
         dfinal = None if dfinal is None else dfinal.contiguous()
-        prepared = _Prepared(p, q, k, beta, g, P)
-        states, dstates = (p.empty(p.chunks.count, p.HV, p.K, p.V, dtype=p.wide) for _ in range(2))
-        r = torch.empty_like(v) if p.delta else None
-        prepared.scan(p, v, beta, initial, None, states, r, None)
-        dv, dbeta, dinitial = prepared.scan_back(p, beta, initial, r, do, dfinal, dstates)
-        dq, dk, dg = _key_gradients(p, q, k, v, beta, g, r, do, dv, states, dstates, ctx.needs_input_grad[4])
-        return dq, dk, dv, dbeta, dg, dinitial, None, None, None
+        prepared = Prepared(p, q, k, beta, g, P)
+        dq = _key_like(p, k)
+        gradients = backward(p, prepared, q, k, v, beta, g, initial, do, dfinal, dq, ctx.needs_input_grad[4])
+        return _sum_groups(p, dq, k), *gradients, None, None, None
 
 
-def _key_gradients(p, q, k, v, beta, g, r, do, dz, states, dstates, need_dg):
+def backward(p, prepared, q, k, v, beta, g, initial, do, dfinal, dq, need_dg):
+    """The gradients (dk, dv, dbeta, dg, dinitial); fills dq, unless it is None."""
+    states, dstates = (p.empty_states() for _ in range(2))
+    r = torch.empty_like(v) if p.delta else None
+    prepared.scan(p, v, beta, initial, None, states, r, None)
+    dv, dbeta, dinitial = prepared.scan_back(p, beta, initial, r, do, dfinal, dstates)
+    dk = _key_like(p, k)
+    dg = launch_key_gradients(p, q, k, v, beta, g, r, do, dv, states, dstates, dq, dk, need_dg)
+    return _sum_groups(p, dk, k), dv, dbeta, dg, dinitial
+
+
+def _key_like(p, k):
+    """Room for a gradient of queries or keys, of every value head."""
+    return p.empty(p.tokens, p.HV, p.K, dtype=k.dtype if p.HV == p.H else torch.float32)
+
+
+def _sum_groups(p, dk, k):
+    """[tokens, HV, K] -> k's shape and dtype."""
+    return dk.view(k.shape) if p.HV == p.H else dk.view(p.B, p.T, p.H, p.HV // p.H, p.K).sum(3).to(k.dtype)
+
+
+def launch_key_gradients(p, q, k, v, beta, g, r, do, dz, states, dstates, dq, dk, need_dg):
+    """Fills dq and dk [tokens, HV, K], unless they are None; returns dg, or None."""
     options = p.configure("key_gradients", BK=p.K, BV=p.V)
-    blocks, groups = triton.cdiv(p.K, options["BK"]), p.HV // p.H
-    dtype = k.dtype if groups == 1 else torch.float32
-    dq, dk = (p.empty(p.tokens, p.HV, p.K, dtype=dtype) for _ in range(2))
+    blocks = triton.cdiv(p.K, options["BK"])
     dg = None
     if need_dg and p.decay == CONSTANT:  # chunks beyond the last write nothing
         dg = torch.zeros(p.chunks.count, p.HV, blocks, device=p.device)
@@ -166,12 +187,9 @@ def _key_gradients(p, q, k, v, beta, g, r, do, dz, states, dstates, need_dg):
         p.chunks.table, p.scale, p.T, p.chunks.per_sequence,
         **p.sizes("H", "HV", "K", "V", "C", "LEVELS", "DECAY", "DELTA", "PRECISION", "WIDE"), **options,
     )  # fmt: skip
-    dq, dk = (
-        x.view(p.B, p.T, p.H, groups, p.K).sum(3).to(k.dtype) if groups > 1 else x.view(k.shape) for x in (dq, dk)
-    )
     if dg is not None and p.decay != CHANNEL:
         dg = dg.sum((0, 2) if p.decay == CONSTANT else -1)
-    return dq, dk, None if dg is None else dg.view(g.shape).to(g.dtype)
+    return None if dg is None else dg.view(g.shape).to(g.dtype)
 
 
 def _run(q, k, v, beta, g, scale, initial_state, return_state, cu_seqlens):
