@@ -3,6 +3,7 @@
 Runs are interleaved, so that a machine that slows down slows both; times are medians.
 """
 
+import inspect
 import time
 from statistics import median
 
@@ -69,7 +70,7 @@ def _transformers_rule():
         from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
     except ImportError as error:
         raise ImportError("this comparison needs transformers: pip install 'linear-moe[hf]'") from error
-    return torch_chunk_gated_delta_rule
+    return inspect.unwrap(torch_chunk_gated_delta_rule)  # with flash-linear-attention installed it stands for kernels
 
 
 def _heads(T, count):

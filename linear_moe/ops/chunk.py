@@ -45,6 +45,16 @@ def _exp(x, dtype):
     return threshold(x.to(dtype), math.log(torch.finfo(dtype).tiny) + 7, -math.inf).exp()
 
 
+def _decays(g):
+    """G, the running sum of g [R, C, D] inside the chunk (float64), e^G and the decay of each token to the end."""
+    # float64: where strong and weak decays meet, the small differences of large sums must survive
+    G = g.double().cumsum(1)
+    # Tokens that reach the end undecayed (the last one, and the last before padding) and a token by itself stay out of
+    # G's gradient: their large terms would cancel there only up to rounding, and hide what decays strongly.
+    to_end = pad(g[:, 1:].flip(1).cumsum(1).flip(1), (0, 0, 0, 1))
+    return G, _exp(G, g.dtype), _exp(to_end, g.dtype)
+
+
 def _products(lefts, rights, g):
     """The decayed products of a chunk, and the decays that tie it to its first and to its last state.
 
@@ -54,12 +64,7 @@ def _products(lefts, rights, g):
     """
     if g is None:
         return [(x @ y.mT).tril() for x in lefts for y in rights], rights, None
-    # float64: where strong and weak decays meet, the small differences of large sums must survive
-    G = g.double().cumsum(1)
-    # Tokens that reach the end undecayed (the last one, and the last before padding) and a token by itself stay out of
-    # G's gradient: their large terms would cancel there only up to rounding, and hide what decays strongly.
-    to_end = pad(g[:, 1:].flip(1).cumsum(1).flip(1), (0, 0, 0, 1))
-    from_start, to_end = _exp(G, g.dtype), _exp(to_end, g.dtype)
+    G, from_start, to_end = _decays(g)
     ends = [y * to_end for y in rights]
     if g.shape[-1] > 1:
         return _channel_products(lefts, rights, G), ends, from_start

@@ -1,9 +1,8 @@
 """Reading a state by its values, chunk-parallel in torch; autograd does the backward. Legend: see chunk.py."""
 
 import torch
-from torch.nn.functional import pad
 
-from .chunk import _exp, _last, _prepare
+from .chunk import _decays, _exp, _last, _prepare
 
 
 def read_by_value(x, k, v, g, *, scale, initial_state=None, return_state=False, cu_seqlens=None):
@@ -13,10 +12,8 @@ def read_by_value(x, k, v, g, *, scale, initial_state=None, return_state=False, 
     None). It is what linear_attention's backward computes for the queries when x is the output's gradient.
     """
     layout, x, k, v, g, _, state = _prepare(x, k, v, g, None, scale, initial_state, cu_seqlens)
-    # float64, and to_end not as G_end - G: see chunk.py
-    G = g.double().cumsum(1)
-    to_end = pad(g[:, 1:].flip(1).cumsum(1).flip(1), (0, 0, 0, 1))
-    decay, writes = _exp(G, g.dtype), (k * _exp(to_end, g.dtype)).mT @ v
+    G, decay, to_end = _decays(g)
+    writes = (k * to_end).mT @ v
     before, _, state = layout.scan(lambda S, d, write: (d * S + write, None), state, _last(decay), writes)
     r = _inside(x, k, v, G) + decay * (x @ before.mT)
     return layout.unpack(r), state if return_state else None
