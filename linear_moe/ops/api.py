@@ -279,7 +279,8 @@ def step(rule, state, q, k, v, beta=None, g=None, a=None, b=None, *, scale=None,
     """One token of `rule` ("linear_attention", "delta_rule" or "dplr") for every sequence of a batch, for decoding.
 
     state [B, HV, K, V]; q, k [B, H, K]; v [B, HV, V]; beta [B, HV] for the delta rule, else None; g None, [HV],
-    [B, HV] or [B, HV, K]; a, b [B, H, K] for dplr (with H = HV and g [B, H, K]), else None. Returns (o [B, HV, V] in v's dtype, new state); the given state is left as it is.
+    [B, HV] or [B, HV, K]; a, b [B, H, K] for dplr (with H = HV and g [B, H, K]), else None. Returns (o [B, HV, V] in
+    v's dtype, new state); the given state is left as it is.
     Raises ValueError for an unknown rule, or shapes, dtypes or a backend that do not fit.
     """
     if rule not in RULES:

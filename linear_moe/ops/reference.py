@@ -75,7 +75,7 @@ def delta_rule(q, k, v, beta, g=None, *, scale=None, initial_state=None, return_
 
 
 def dplr(q, k, v, a, b, g, *, scale=None, initial_state=None, return_state=False, cu_seqlens=None):
-    """S_t = Diag(e^g_t) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T,  o_t = scale S_t^T q_t (RWKV-7, arXiv 2503.14456)."""
+    """S_t = Diag(e^g_t) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T,  o_t = scale S_t^T q_t (arXiv 2503.14456)."""
     scale, dtype = k.shape[-1] ** -0.5 if scale is None else scale, v.dtype
     q, k, v, decay, _ = _expand(q, k, v, g, None)
     a, b = a.to(v.dtype), b.to(v.dtype)

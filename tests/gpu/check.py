@@ -11,6 +11,7 @@ from linear_moe.mom import MoMConfig, Router, make_routes
 from linear_moe.ssm import mixer_class
 from linear_moe.ssm.core import MixerCore
 from tests.helpers import rel_err
+from tests.ops import composed
 
 LENGTHS = [70, 0, 1, 130]
 T, SIZES = sum(LENGTHS), ((2, 2, 16, 16), (2, 4, 128, 64), (1, 2, 128, 128), (2, 2, 256, 200))  # H, HV, K, V
@@ -37,6 +38,25 @@ def check_rules(device: str) -> None:
             check_steps(device, rule, x)
 
 
+def check_dplr(device: str) -> None:
+    for H, _, K, V in SIZES:
+        a = torch.nn.functional.normalize(torch.randn(1, T, H, K), dim=-1)
+        x = {"q": torch.randn(1, T, H, K), "k": torch.randn(1, T, H, K), "v": torch.randn(1, T, H, V)}
+        x = {n: t.bfloat16().float() for n, t in (x | {"a": a, "b": -torch.rand(1, T, H, K) * a}).items()}
+        x |= {"g": -torch.rand(1, T, H, K) * 5, "initial_state": torch.randn(len(LENGTHS), H, K, V)}
+        check_rule(device, "dplr", f"dplr {H}/{K}/{V}", x)
+        del x["initial_state"]
+        check_steps(device, "dplr", x)
+
+
+def check_composed(device: str) -> None:
+    """gsa, with 64 slots, and rwkv6 likewise."""
+    cu = torch.tensor([0, *LENGTHS]).cumsum(0)
+    for (H, _, K, V), rule in itertools.product(SIZES, composed.RULES):
+        x = composed.inputs(rule, 1, T, cu, H=H, K=K, V=V, M=64)
+        check_rule(device, rule, f"{rule} {H}/{K}/{V}", composed.rounded(x, torch.bfloat16))
+
+
 def check_rule(device: str, rule: str, label: str, x: dict) -> None:
     cu = torch.tensor([0, *LENGTHS]).cumsum(0).int()
     directions = torch.randn_like(x["v"]).double(), torch.randn_like(x["initial_state"]).double()
@@ -47,9 +67,10 @@ def check_rule(device: str, rule: str, label: str, x: dict) -> None:
         (device, torch.bfloat16, "auto"),
     ):
         wide = torch.promote_types(dtype, torch.float32)  # of gates and states
-        leaves = {n: t.to(where, dtype if n in ("q", "k", "v") else wide) for n, t in x.items()}
+        leaves = {n: t.to(where, dtype if n in ("q", "k", "v", "s", "a", "b") else wide) for n, t in x.items()}
         leaves = {n: t.requires_grad_() for n, t in leaves.items()}
-        outputs = getattr(ops, rule)(**leaves, return_state=True, cu_seqlens=cu.to(where), backend=backend)
+        function = composed.RULES.get(rule) or getattr(ops, rule)
+        outputs = function(**leaves, return_state=True, cu_seqlens=cu.to(where), backend=backend)
         loss = sum((y.double() * towards.to(where)).sum() for y, towards in zip(outputs, directions))
         grads = torch.autograd.grad(loss, list(leaves.values()))
         results.append([y.detach().cpu() for y in (*outputs, *grads)])
@@ -151,6 +172,8 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     device = sys.argv[1]
     check_rules(device)
+    check_dplr(device)
+    check_composed(device)
     check_grouped(device)
     check_layer(device)
     check_model(device)

@@ -141,7 +141,10 @@ def zeros(*shape):
 
 
 BAD = {
-    "heads": ({"v": zeros(1, 6, 4, 12), "g": zeros(1, 6, 4, 8), "initial_state": None}, "k must be [B, T, H, K] = [1, 6, 4, 8], not [1, 6, 2, 8]"),
+    "heads": (
+        {"v": zeros(1, 6, 4, 12), "g": zeros(1, 6, 4, 8), "initial_state": None},
+        "k must be [B, T, H, K] = [1, 6, 4, 8], not [1, 6, 2, 8]",
+    ),
     "a-shape": ({"a": zeros(1, 6, 2, 7)}, "a must be [B, T, H, K] = [1, 6, 2, 8], not [1, 6, 2, 7]"),
     "b-missing": ({"b": None}, "b must be a tensor, not NoneType"),
     "g-missing": ({"g": None}, "g must be a tensor, not NoneType"),

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import normalize
 
-from .. import api
+from .. import api, online
 
 HIDDEN, MEMORIES, TOPK, TAPS = 1024, 4, 2, 4
 
@@ -70,6 +70,9 @@ def _rule(rule, decay, *, packed=False, groups=1, states=False):
         inputs = {"q": q, "k": k, "v": s.draw(B, T, HV, s.V)}
         if rule == "delta_rule":
             inputs["beta"] = s.draw(B, T, HV, dtype=torch.float32, grad=False).sigmoid().requires_grad_()
+        if rule == "dplr":
+            inputs["a"] = normalize(s.draw(B, T, HV, s.K, grad=False), dim=-1).requires_grad_()
+            inputs["b"] = (s.draw(B, T, HV, s.K, grad=False).sigmoid() * -inputs["a"].detach()).requires_grad_()
         if decay:
             size = (HV,) if decay == 1 else (B, T, HV, s.K)[:decay]
             inputs["g"] = (s.draw(*size, dtype=torch.float32, grad=False).abs() * -0.1).requires_grad_()
@@ -87,6 +90,22 @@ def _rule(rule, decay, *, packed=False, groups=1, states=False):
     return prepare
 
 
+def _rwkv6(s):
+    inputs = [s.draw(s.B, s.T, s.H, width) for width in (s.K, s.K, s.V)]
+    inputs += [_decay(s, s.K), s.draw(s.H, s.K, dtype=torch.float32)]
+    return inputs, lambda *x: api.rwkv6(*x, backend="triton")[:1]
+
+
+def _gsa(s):
+    """As many slots as value channels, so that the first pass is compiled for states of V x K."""
+    inputs = [s.draw(s.B, s.T, s.H, width) for width in (s.K, s.K, s.V, s.V)]
+    return [*inputs, _decay(s, s.V)], lambda *x: api.gsa(*x, backend="triton")[:1]
+
+
+def _decay(s, width):
+    return (s.draw(s.B, s.T, s.H, width, dtype=torch.float32, grad=False).abs() * -0.1).requires_grad_()
+
+
 def _step(rule, decay):
     def prepare(s):
         q, k, v = s.draw(s.B, s.H, s.K), s.draw(s.B, s.H, s.K), s.draw(s.B, s.H, s.V)
@@ -94,6 +113,45 @@ def _step(rule, decay):
         beta = s.draw(s.B, s.H, dtype=torch.float32) if rule == "delta_rule" else None
         g = -s.draw(*(s.B, s.H, s.K)[:decay], dtype=torch.float32, grad=False).abs() if decay else None
         return [], lambda: api.step(rule, state, q, k, v, beta, g, backend="triton")
+
+    return prepare
+
+
+def _step_dplr(s):
+    q, k, v, a, b, g = (s.draw(s.B, s.H, width, grad=False) for width in (s.K, s.K, s.V, s.K, s.K, s.K))
+    state = s.draw(s.B, s.H, s.K, s.V, dtype=torch.float32, grad=False)
+    g, a = -g.float().abs(), normalize(a, dim=-1)
+    return [], lambda: api.step("dplr", state, q, k, v, g=g, a=a, b=-a * b.sigmoid(), backend="triton")
+
+
+def _online(rule, *, packed=False):
+    """packed: as above, with states and offsets. Its kernels take heads of at most 128 channels, TTT's square ones."""
+
+    def prepare(s):
+        B, T = (1, s.B * s.T) if packed else (s.B, s.T)
+        N, V = s.B + 1 if packed else s.B, min(s.V, online.MAX_WIDTH)
+        K = V if rule == "ttt_linear" else min(s.K, online.MAX_WIDTH)
+        q, k = (normalize(s.draw(B, T, s.H, K, grad=False), dim=-1).requires_grad_() for _ in range(2))
+        inputs = {"q": q, "k": k, "v": s.draw(B, T, s.H, V)}
+        gates = {"ttt_linear": ("eta", "token_scale"), "titans_linear": ("theta", "g", "m")}[rule]
+        for name in gates:
+            x = s.draw(B, T, s.H, dtype=torch.float32, grad=False).sigmoid()
+            inputs[name] = (x.log() if name in ("g", "m") else 0.1 * x).requires_grad_()
+        if rule == "ttt_linear":
+            inputs |= {name: s.draw(s.H, V, dtype=torch.float32) for name in ("weight", "bias")}
+        if packed:
+            size = (2, V + 1, V) if rule == "ttt_linear" else (3, K, V)
+            inputs["initial_state"] = s.draw(N, s.H, *size, dtype=torch.float32)
+        options = {"return_state": packed, "backend": "triton"}
+        if packed:
+            options["cu_seqlens"] = torch.arange(-1, s.B + 1, device=s.device).clamp(min=0).int() * s.T
+            options["offset"] = torch.arange(N, device=s.device) % 16
+
+        def function(*values):
+            o, state = getattr(api, rule)(**dict(zip(inputs, values)), **options)
+            return (o, state) if packed else (o,)
+
+        return [*inputs.values()], function
 
     return prepare
 
@@ -176,8 +234,17 @@ CASES = [
     ),
     Case("delta scalar grouped heads", _rule("delta_rule", 3, groups=2)),
     Case("attention channel grouped heads", _rule("linear_attention", 4, groups=2)),
+    Case("dplr", _rule("dplr", 4)),
+    Case("dplr packed", _rule("dplr", 4, packed=True, states=True)),
+    Case("rwkv6", _rwkv6),
+    Case("gsa", _gsa),
     Case("step attention channel", _step("linear_attention", 3), backward=False, decoding=True),
     Case("step delta scalar", _step("delta_rule", 2), backward=False, decoding=True),
+    Case("step dplr", _step_dplr, backward=False, decoding=True),
+    Case("ttt", _online("ttt_linear")),
+    Case("ttt packed", _online("ttt_linear", packed=True)),
+    Case("titans", _online("titans_linear")),
+    Case("titans packed", _online("titans_linear", packed=True)),
     Case("route", _route, backward=False),
     Case("conv", _conv(states=True, normalized=False)),
     Case("conv of reads", _conv(gathered=True)),

@@ -5,9 +5,10 @@ import torch
 
 from linear_moe.ops import reference
 from linear_moe.ops import step as torch_step
-from linear_moe.ops.triton.step import RULES, step
+from linear_moe.ops.triton.step import step
 from tests.helpers import fresh_seed, rel_err
 
+RULES = ("linear_attention", "delta_rule")  # dplr: test_dplr.py
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3}
 SHAPES = {  # B, H, HV, K, V
     "plain": (3, 2, 2, 64, 64),
