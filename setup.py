@@ -6,9 +6,12 @@ extras = {
     "eval": ["lm-eval>=0.4.8"],
     "look": ["matplotlib>=3.9", "tensorboard>=2.17"],
     "gpu": ["transformer-engine[pytorch]>=2.0"],
-    "peers": ["flash-linear-attention==0.6.0", "flash-qla==0.1.3", "tilelang"],  # what benchmarks compare with
+    "peers": ["flash-linear-attention==0.6.0", "einops", "transformers>=5.6.2,<6"],  # what tests compare with
 }
-extras["dev"] = [*extras["data"], *extras["hf"], *extras["look"], "pytest>=8.3", "ruff==0.17.5"]
+extras["gpu-peers"] = [*extras["peers"], "flash-qla==0.1.3", "tilelang"]  # what benchmarks compare with
+extras["dev"] = [
+    *extras["data"], *extras["hf"], *extras["look"], *extras["peers"], "pytest>=8.3", "ruff==0.17.5",
+]  # fmt: skip
 
 setup(
     name="linear-moe",
