@@ -18,9 +18,9 @@ from megatron.training.arguments import add_megatron_arguments
 
 from linear_moe.mcore.checkpoint import CHECKPOINT_DEFAULTS
 from linear_moe.mcore.cpu import cpu_defaults
-from linear_moe.mcore.specs import LayerOptions, expand_pattern, moe_layers
+from linear_moe.mcore.specs import LayerOptions, expand_pattern, mixer_options
 from linear_moe.mom import MoMConfig
-from linear_moe.ssm import MIXERS, mixer_class
+from linear_moe.ssm import MIXERS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -29,11 +29,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group = parser.add_argument_group("linear_moe")
     group.add_argument(
         "--mixer",
+        type=_mixer_names,
         default="gated_deltanet",
-        help=f"linear mixer of the L layers: {', '.join(MIXERS)}, or package.module:Class for your own",
+        help=f"linear mixer of the L layers: {', '.join(MIXERS)}, or package.module:Class for your own; or several as "
+        'JSON, each with a letter for --layer-pattern: {"G": "gla", "M": "mamba2"}',
     )
     group.add_argument(
-        "--mixer-args", type=_json_object, default={}, help='the mixer\'s options as JSON, such as {"head_dim": 64}'
+        "--mixer-args",
+        type=_json_object,
+        default={},
+        help='the mixer\'s options as JSON, such as {"head_dim": 64}; with several mixers by letter',
     )
     group.add_argument(
         "--mixer-recompute",
@@ -43,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--layer-pattern",
         default="L",
-        help="one letter a layer, L (linear mixer) or N (softmax attention), repeated to --num-layers, such as LLLN",
+        help="one letter a layer, L (linear mixer) or N (softmax attention), repeated to --num-layers, such as LLLN; "
+        "other letters as in --mixer",
     )
     group.add_argument("--mom-memories", type=int, default=0, help="memories of Mixture-of-Memories; 0: none")
     group.add_argument(
@@ -88,6 +94,10 @@ def _json_object(text: str) -> dict:
     return value
 
 
+def _mixer_names(text: str) -> str | dict:
+    return _json_object(text) if text.startswith("{") else text
+
+
 def layer_options(args) -> LayerOptions:
     """What the arguments say about the layers.
 
@@ -97,10 +107,8 @@ def layer_options(args) -> LayerOptions:
     Raises:
         ValueError: whatever does not fit together, with the rule and the values.
     """
-    pattern = expand_pattern(args.layer_pattern, args.num_layers)
-    mixer = mixer_class(args.mixer)
-    given = {"norm_eps": args.layernorm_epsilon, **args.mixer_args}
-    mixer_config = mixer.make_config(args.hidden_size, args.num_attention_heads, given)
+    mixers = mixer_options(args, norm_eps=args.layernorm_epsilon)
+    pattern = expand_pattern(args.layer_pattern, args.num_layers, mixers)
     mom = None
     if args.mom_memories:
         mom = MoMConfig(
@@ -111,93 +119,7 @@ def layer_options(args) -> LayerOptions:
             balance_coeff=args.mom_balance_coeff,
             z_loss_coeff=args.mom_z_loss_coeff,
         )
-    return LayerOptions(pattern, mixer, mixer_config, mom, args.mixer_recompute)
-
-
-def check_arguments(args) -> None:
-    """Refuse, before any work, what Megatron's own checks let through and our layers cannot do.
-
-    Raises:
-        ValueError: with the rule and the values.
-    """
-    options = layer_options(args)
-    if args.transformer_impl == "transformer_engine" and not HAVE_TE:
-        raise ValueError(
-            "transformer_impl transformer_engine needs Transformer Engine: pip install linear-moe[gpu], or choose local"
-        )
-    tp = args.tensor_model_parallel_size
-    heads = {"num_attention_heads": args.num_attention_heads}
-    if args.kv_channels is None and args.hidden_size % args.num_attention_heads:
-        raise ValueError(
-            f"hidden_size ({args.hidden_size}) must be divisible by num_attention_heads ({args.num_attention_heads})"
-        )
-    if args.group_query_attention and args.num_query_groups % tp and tp % args.num_query_groups:
-        raise ValueError(
-            f"num_query_groups ({args.num_query_groups}) must be a multiple or a divisor of "
-            f"tensor_model_parallel_size ({tp})"
-        )
-    if "L" in options.pattern:
-        heads["mixer option num_heads"] = options.mixer_config.num_heads
-        heads["mixer option num_value_heads"] = options.mixer_config.num_value_heads
-        if args.reset_attention_mask:
-            raise ValueError(
-                "linear mixers see no attention mask, so --reset-attention-mask cannot keep documents apart; "
-                "use --dataloader-inter-document-masking, which packs them"
-            )
-    for name, number in heads.items():
-        if number % tp:
-            raise ValueError(f"{name} ({number}) must be divisible by tensor_model_parallel_size ({tp})")
-    if args.num_experts and args.num_experts % args.expert_model_parallel_size:
-        raise ValueError(
-            f"num_experts ({args.num_experts}) must be divisible by "
-            f"expert_model_parallel_size ({args.expert_model_parallel_size})"
-        )
-    if args.num_experts and tp > 1 and not args.sequence_parallel:
-        raise ValueError(f"num_experts with tensor_model_parallel_size ({tp}) above 1 needs --sequence-parallel")
-    if args.context_parallel_size > 1:
-        raise ValueError(f"context_parallel_size ({args.context_parallel_size}) must be 1: it is not supported yet")
-    if args.mtp_num_layers:
-        raise ValueError(f"mtp_num_layers ({args.mtp_num_layers}) must be 0: it is not supported yet")
-    interleaved = args.num_layers_per_virtual_pipeline_stage or args.num_virtual_stages_per_pipeline_rank
-    interleaved = interleaved or getattr(args, "virtual_pipeline_model_parallel_size", None)
-    if interleaved and not args.overlap_p2p_comm:
-        raise ValueError(
-            "the interleaved pipeline schedule needs overlapped p2p communication (batched p2p gives wrong gradients): "
-            "drop --no-overlap-p2p-communication"
-        )
-    decay = args.lr_decay_iters or args.train_iters
-    if decay and args.lr_warmup_iters >= decay:
-        raise ValueError(
-            f"lr_warmup_iters ({args.lr_warmup_iters}) must be below lr_decay_iters or train_iters ({decay})"
-        )
-    packed = args.dataloader_inter_document_masking or args.sft
-    if packed and args.pipeline_model_parallel_size > 1 and args.micro_batch_size != 1:
-        raise ValueError(
-            f"packed sequences under pipeline parallelism need micro_batch_size 1, not {args.micro_batch_size}: "
-            "Megatron's stages exchange [seq_length, micro_batch_size], but a packed batch is one long sequence"
-        )
-    missing_te = {"layernorm", "moe_act"} & set(args.recompute_modules or ())
-    if args.transformer_impl == "local" and args.recompute_granularity == "selective" and missing_te:
-        raise ValueError(f"recompute_modules {sorted(missing_te)} need --transformer-impl transformer_engine")
-    if args.fp8 and "layernorm" in missing_te and "L" in options.pattern:
-        raise ValueError("recompute_modules layernorm with fp8 is for softmax layers only; the pattern has linear ones")
-    moe_layers(args.moe_layer_freq, args.num_experts, args.num_layers)
-    if options.mixer(options.mixer_config).value_residual:
-        _check_value_residual(args, options)
-
-
-def _check_value_residual(args, options: LayerOptions) -> None:
-    """Every layer takes the first one's values, so these must be there, as they were."""
-    pipeline = args.pipeline_model_parallel_size
-    wrong = {
-        "layer_pattern": (options.pattern, options.pattern[0] != "L", "start with L"),
-        "mom_memories": (args.mom_memories, args.mom_memories, "be 0: layers route tokens to other memories' rows"),
-        "pipeline_model_parallel_size": (pipeline, pipeline > 1, "be 1"),
-        "recompute_granularity": (args.recompute_granularity, args.recompute_granularity == "full", "not be full"),
-    }
-    for name, (value, refused, rule) in wrong.items():
-        if refused:
-            raise ValueError(f"mixer option value_residual: {name} ({value}) must {rule}")
+    return LayerOptions(pattern, mixers, mom, args.mixer_recompute)
 
 
 def config_argv(config: Mapping[str, object], source: str = "config") -> list[str]:
@@ -246,8 +168,9 @@ def _actions() -> dict[str, argparse.Action]:
 
 
 def read_config(path: str | Path) -> dict:
-    """A YAML mapping of arguments, its keys with ``-``. ``base: other.yaml``, relative to the file, names a mapping that
-    it overrides key by key; null takes a key back.
+    """A YAML mapping of arguments, its keys with ``-``.
+
+    ``base: other.yaml``, relative to the file, names a mapping that it overrides key by key; null takes a key back.
 
     Raises:
         ValueError: no such file, not a mapping, or a file that is its own base.

@@ -1,10 +1,15 @@
-"""Softmax core attention on torch's scaled_dot_product_attention: CPU and GPU, no Transformer Engine needed."""
+"""Softmax attention that needs no Transformer Engine: the core on torch's SDPA (CPU and GPU), and latent attention."""
 
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor
 
 
@@ -84,6 +89,24 @@ class TorchAttention(MegatronModule):
             o = attend()
         o = o.permute(2, 0, 1, 3).flatten(2)
         return o.squeeze(1) if packed else o
+
+
+class LatentAttention(MLASelfAttention):
+    """mcore's multi-head latent attention (arXiv 2405.04434) with right gradients under tensor parallelism.
+
+    Its local form shards the down projections and gathers what they give. The keys' rotary part is then used by every
+    rank's heads, but mcore takes one rank's gradient for all of it. Here it goes the way of Transformer Engine's
+    duplicated projection, cut over the sequence and gathered again, whose gradient is the sum over the ranks.
+    """
+
+    def _qkv_down_projection(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden_states ``[s / tp, b, hidden]`` -> compressed q, compressed k and v, each for ``s / tp`` tokens."""
+        q, kv = super()._qkv_down_projection(hidden_states)
+        tp_group = self.pg_collection.tp
+        if tp_group.size() > 1:
+            kv = gather_from_tensor_model_parallel_region(kv, group=tp_group)
+            kv = scatter_to_sequence_parallel_region(kv, group=tp_group)
+        return q, kv
 
 
 def block_causal_mask(cu_seqlens: Tensor, T: int) -> Tensor:

@@ -11,7 +11,6 @@ import os
 from pathlib import Path
 
 from linear_moe.mcore import optimizer_state
-from linear_moe.ssm import mixer_class
 
 # Defaults for `parser.set_defaults`: "dp_reshardable", Megatron's own, only reshards along DP.
 CHECKPOINT_DEFAULTS = {"dist_ckpt_optim_fully_reshardable": True}
@@ -72,7 +71,9 @@ def _value(args, name: str):
     if name == "moe_layer_freq" and isinstance(value, int) and layers:
         return [int(i % value == 0) for i in range(layers)]
     if name == "mixer_args" and value is not None:  # written out or left to their defaults, the options are the same
-        return mixer_class(args.mixer).make_config(args.hidden_size, args.num_attention_heads, value)
+        from linear_moe.mcore.specs import mixer_options
+
+        return {letter: options.config for letter, options in mixer_options(args).items()}
     if name == "vocab_size" and value is None:
         return getattr(args, "padded_vocab_size", None)
     return value

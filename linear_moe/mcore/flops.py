@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from linear_moe.mcore.arguments import layer_options
-from linear_moe.mcore.specs import moe_layers
+from linear_moe.mcore.specs import SOFTMAX, MixerOptions, moe_layers
+from linear_moe.mom import MoMConfig
 
 
 def training_flops(args, batch_size, seqlen_squared_sum_in_batch=None, total_real_tokens_in_batch=None) -> float:
@@ -20,12 +21,12 @@ def training_flops(args, batch_size, seqlen_squared_sum_in_batch=None, total_rea
     per_token = 2 * args.hidden_size * args.padded_vocab_size  # logits
     attention_pairs = 0.0
     for letter, is_moe in zip(options.pattern, moe):
-        if letter == "N":
+        if letter == SOFTMAX:
             projections, pairs = _softmax(args)
             per_token += projections
             attention_pairs += pairs
         else:
-            per_token += _mixer(args.hidden_size, options)
+            per_token += _mixer(args.hidden_size, options.mixers[letter], options.mom)
         per_token += _feed_forward(args, is_moe)
     return 3.0 * (per_token * tokens + attention_pairs * squared / 2)
 
@@ -47,10 +48,9 @@ def _softmax(args) -> tuple[int, int]:
     return 2 * hidden * width * (2 * heads + 2 * groups + gated), 4 * heads * width
 
 
-def _mixer(hidden: int, options) -> int:
-    """Forward operations a token of an L layer."""
-    mixer = options.mixer(options.mixer_config)
-    config, mom = options.mixer_config, options.mom
+def _mixer(hidden: int, options: MixerOptions, mom: MoMConfig | None) -> int:
+    """Forward operations a token of a linear layer."""
+    config, mixer = options.config, options.mixer(options.config)
     rows = mom.topk + mom.shared if mom else 1  # packed rows a token makes
     total = 2 * hidden * mom.memories if mom else 0  # router
     for spec in mixer.projections().values():

@@ -19,13 +19,13 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from linear_moe.mcore.arguments import (
     add_arguments,
-    check_arguments,
     config_argv,
     layer_options,
     read_config,
     set_argv,
 )
 from linear_moe.mcore.checkpoint import patch_megatron
+from linear_moe.mcore.checks import check_arguments
 from linear_moe.mcore.cpu import enable_cpu
 from linear_moe.mcore.init import reinitialize
 from linear_moe.mcore.specs import layer_specs
@@ -72,6 +72,11 @@ def build_model(config: str | Path | Mapping[str, object], **overrides: object) 
     Raises:
         ValueError: an unknown key or values that do not fit together.
     """
+    return make_model(config, **overrides).to(torch.cuda.current_device())
+
+
+def make_model(config: str | Path | Mapping[str, object], **overrides: object) -> torch.nn.Module:
+    """What ``build_model`` returns, wherever Megatron makes it: on the CPU with --use-cpu-initialization."""
     enable_cpu()
     merged = dict(read_config(config)) if isinstance(config, (str, Path)) else dict(config)
     name = str(config) if isinstance(config, (str, Path)) else "build_model"
@@ -96,7 +101,7 @@ def build_model(config: str | Path | Mapping[str, object], **overrides: object) 
     model = GPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
     for hook in config.pre_wrap_hooks:
         hook([model])
-    return model.to(torch.cuda.current_device())
+    return model
 
 
 def _parse(argv: list[str]):

@@ -31,8 +31,9 @@ from megatron.training.utils import (
     is_first_or_last_pipeline_stage,
 )
 
-from linear_moe.mcore.arguments import add_arguments, check_arguments, expand_argv, set_argv
+from linear_moe.mcore.arguments import add_arguments, expand_argv, set_argv
 from linear_moe.mcore.checkpoint import check_checkpoint
+from linear_moe.mcore.checks import check_arguments
 from linear_moe.mcore.cpu import enable_cpu
 from linear_moe.mcore.logs import install_telemetry
 from linear_moe.mcore.model import model_config
@@ -73,15 +74,20 @@ def prepare(argv: list[str]):
     return args
 
 
-def train(args) -> None:
-    """Megatron's training loop over our layers, for arguments from ``prepare``."""
+def train(args, provider=None, step=None) -> None:
+    """Megatron's training loop over our layers, for arguments from ``prepare``.
+
+    provider, step: other data sets or another forward step than `datasets_provider` and `forward_step`, which take the
+    same arguments.
+    """
     install_telemetry()
-    datasets_provider.is_distributed = True
+    provider = provider or datasets_provider
+    provider.is_distributed = True
     pretrain(
         pretrain_cfg_container_from_args(args, model_config(args)),
-        datasets_provider,
+        provider,
         ModelType.encoder_or_decoder,
-        forward_step,
+        step or forward_step,
     )
 
 

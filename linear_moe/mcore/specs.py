@@ -1,7 +1,9 @@
-"""From a layer pattern to Megatron layer specs: L a linear mixer, N softmax attention, each with its feed-forward."""
+"""From a layer pattern to Megatron layer specs: N softmax attention, L or other letters a linear mixer, each with its
+feed-forward."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -19,13 +21,21 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from linear_moe.mcore.attention import TorchAttention
+from linear_moe.mcore.attention import LatentAttention, TorchAttention
 from linear_moe.mcore.mixer_layer import MixerLayer, MixerLayerSubmodules
 from linear_moe.mcore.norm import Norm
 from linear_moe.mom import MoMConfig
-from linear_moe.ssm import Mixer
+from linear_moe.ssm import Mixer, mixer_class
 
-LETTERS = {"L": "linear mixer", "N": "softmax attention"}
+SOFTMAX = "N"
+
+
+@dataclass(frozen=True)
+class MixerOptions:
+    """A mixer and its options."""
+
+    mixer: type[Mixer]
+    config: Mixer.Config
 
 
 @dataclass(frozen=True)
@@ -33,26 +43,63 @@ class LayerOptions:
     """What our arguments say about a model's layers.
 
     Args:
-        pattern: one letter a layer, as long as the model is deep. mixer, mixer_config: the L layers' mixer and its
-        options. mom: Mixture-of-Memories in the L layers, or None. recompute: see MixerCore.
+        pattern: one letter a layer, as long as the model is deep. mixers: letter -> the mixer of its layers; all but N.
+        mom: Mixture-of-Memories in the linear layers, or None. recompute: see MixerCore.
     """
 
     pattern: str
-    mixer: type[Mixer]
-    mixer_config: Mixer.Config
+    mixers: Mapping[str, MixerOptions]
     mom: MoMConfig | None
     recompute: bool = False
 
+    @property
+    def linear(self) -> dict[str, MixerOptions]:
+        """Those of the mixers that the pattern uses."""
+        return {letter: options for letter, options in self.mixers.items() if letter in self.pattern}
 
-def expand_pattern(pattern: str, num_layers: int) -> str:
+
+def mixer_options(args, **defaults: object) -> dict[str, MixerOptions]:
+    """Letter -> mixer, from ``args.mixer`` and ``args.mixer_args``: one mixer, of the L layers, or one for each letter.
+
+    Args:
+        defaults: options that hold where the arguments give none.
+
+    Raises:
+        ValueError: letters that cannot be, and what ``mixer_class`` and ``Mixer.make_config`` refuse.
+    """
+    several = isinstance(args.mixer, Mapping)
+    names = args.mixer if several else {"L": args.mixer}
+    given = args.mixer_args if several else {"L": args.mixer_args}
+    wrong = [letter for letter in names if len(letter) != 1 or not letter.isupper() or letter == SOFTMAX]
+    if wrong or not names:
+        raise ValueError(f"mixer must map capital letters other than {SOFTMAX} to mixers, but has {wrong or names}")
+    for letter, options in given.items():
+        if letter not in names or not isinstance(options, Mapping):
+            raise ValueError(
+                f"with several mixers, mixer_args must map their letters ({', '.join(names)}) to options, "
+                f"but has {letter!r}: {options!r}"
+            )
+    found = {}
+    for letter, name in names.items():
+        mixer = mixer_class(name)
+        config = mixer.make_config(args.hidden_size, args.num_attention_heads, defaults | given.get(letter, {}))
+        found[letter] = MixerOptions(mixer, config)
+    return found
+
+
+def expand_pattern(pattern: str, num_layers: int, linear: Iterable[str] = "L") -> str:
     """The pattern repeated to the model's depth.
+
+    Args:
+        linear: the letters of linear layers.
 
     Raises:
         ValueError: an unknown letter, or a depth that the pattern's length does not divide.
     """
-    unknown = sorted(set(pattern) - set(LETTERS))
+    letters = dict.fromkeys(linear, "linear mixer") | {SOFTMAX: "softmax attention"}
+    unknown = sorted(set(pattern) - set(letters))
     if unknown or not pattern:
-        allowed = ", ".join(f"{letter} ({meaning})" for letter, meaning in LETTERS.items())
+        allowed = ", ".join(f"{letter} ({meaning})" for letter, meaning in letters.items())
         raise ValueError(f"layer_pattern {pattern!r} has unknown letters {unknown}; allowed: {allowed}")
     if num_layers % len(pattern):
         raise ValueError(
@@ -90,7 +137,7 @@ def layer_specs(config, options: LayerOptions, vp_stage: int | None = None) -> T
     specs, first_values = {}, {}
     for letter, moe in set(layers):
         softmax = submodules(config, moe)
-        chosen = softmax if letter == "N" else _with_mixer(softmax, options, use_te, first_values)
+        chosen = softmax if letter == SOFTMAX else _with_mixer(softmax, options, letter, use_te, first_values)
         specs[letter, moe] = ModuleSpec(module=TransformerLayer, submodules=chosen)
     every = [specs[layer] for layer in layers]
     if config.pipeline_model_parallel_layout is not None:
@@ -103,7 +150,7 @@ def layer_specs(config, options: LayerOptions, vp_stage: int | None = None) -> T
 
 
 def _with_mixer(
-    softmax: TransformerLayerSubmodules, options: LayerOptions, use_te: bool, first_values: dict
+    softmax: TransformerLayerSubmodules, options: LayerOptions, letter: str, use_te: bool, first_values: dict
 ) -> TransformerLayerSubmodules:
     """A softmax layer with a mixer in its attention's place.
 
@@ -113,8 +160,8 @@ def _with_mixer(
     mixer = ModuleSpec(
         module=MixerLayer,
         params={
-            "mixer": options.mixer,
-            "mixer_config": options.mixer_config,
+            "mixer": options.mixers[letter].mixer,
+            "mixer_config": options.mixers[letter].config,
             "mom": options.mom,
             "first_values": first_values,
             "recompute": options.recompute,
@@ -140,6 +187,8 @@ def _local_submodules(config, moe: bool) -> TransformerLayerSubmodules:
         normalization=config.normalization,
         qk_l2_norm=config.qk_l2_norm,
     )
+    if config.multi_latent_attention:
+        layer.self_attention.module = LatentAttention
     attention = layer.self_attention.submodules
     attention.core_attention = TorchAttention
     if config.qk_layernorm and not config.qk_l2_norm:

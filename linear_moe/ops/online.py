@@ -70,9 +70,7 @@ def ttt_linear(
         u = eta * norm_loss_gradient(z, target, weight[:, None], bias[:, None], eps).flatten(0, 1)
         return _advance(S, mix, k_end, u), u
 
-    before, u, state = batches.layout.scan(
-        update, initial_state.to(v.dtype).flatten(2, 3), target, k, eta, k_end, mix
-    )
+    before, u, state = batches.layout.scan(update, initial_state.to(v.dtype).flatten(2, 3), target, k, eta, k_end, mix)
     o = torch.baddbmm(torch.cat([q, -token_scale * q], -1) @ before, token_scale * (q @ k.mT).tril(), u, alpha=-1)
     return batches.unpack(o).to(dtype), state.unflatten(2, (2, D + 1)) if return_state else None
 
@@ -102,9 +100,7 @@ def titans_linear(
         u = theta * torch.baddbmm(v, k, S[:, :K], alpha=-1)
         return _advance(S, mix, k_end, u), u
 
-    before, u, state = batches.layout.scan(
-        update, initial_state.to(v.dtype).flatten(2, 3), v, k, theta, k_end, mix
-    )
+    before, u, state = batches.layout.scan(update, initial_state.to(v.dtype).flatten(2, 3), v, k, theta, k_end, mix)
     o = torch.baddbmm((c * (q @ k.mT)) @ u, torch.cat([q * of_S, q * f], -1), before[:, K:])
     return batches.unpack(o).to(dtype), state.unflatten(2, (3, K)) if return_state else None
 

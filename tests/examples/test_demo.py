@@ -4,7 +4,8 @@ import argparse
 import runpy
 from pathlib import Path
 
-from linear_moe.mcore.arguments import check_arguments, expand_argv
+from linear_moe.mcore.arguments import expand_argv
+from linear_moe.mcore.checks import check_arguments
 from tests.mcore.test_arguments import parse
 
 DEMO = runpy.run_path(str(Path(__file__).resolve().parents[2] / "examples" / "demo.py"))

@@ -12,6 +12,7 @@ from linear_moe.ssm import mixer_class
 from linear_moe.ssm.core import MixerCore
 from tests.helpers import rel_err
 from tests.ops import composed
+from tests.ops import test_online as online
 
 LENGTHS = [70, 0, 1, 130]
 T, SIZES = sum(LENGTHS), ((2, 2, 16, 16), (2, 4, 128, 64), (1, 2, 128, 128), (2, 2, 256, 200))  # H, HV, K, V
@@ -57,7 +58,16 @@ def check_composed(device: str) -> None:
         check_rule(device, rule, f"{rule} {H}/{K}/{V}", composed.rounded(x, torch.bfloat16))
 
 
-def check_rule(device: str, rule: str, label: str, x: dict) -> None:
+def check_online(device: str) -> None:
+    """The rules that learn online, whose sequences go on inside mini-batches."""
+    cu = torch.tensor([0, *LENGTHS]).cumsum(0)
+    for rule, (K, V) in itertools.product(online.RULES, ((16, 16), (64, 40), (128, 128))):
+        x = online.inputs(rule, 1, T, cu, K=K, V=V)
+        x = {n: (t.bfloat16() if n in ("q", "k", "v") else t).float() for n, t in x.items()}
+        check_rule(device, rule, f"{rule} {K}/{V}", x, online.offsets(1, cu))
+
+
+def check_rule(device: str, rule: str, label: str, x: dict, offset=None) -> None:
     cu = torch.tensor([0, *LENGTHS]).cumsum(0).int()
     directions = torch.randn_like(x["v"]).double(), torch.randn_like(x["initial_state"]).double()
     results = []
@@ -70,7 +80,8 @@ def check_rule(device: str, rule: str, label: str, x: dict) -> None:
         leaves = {n: t.to(where, dtype if n in ("q", "k", "v", "s", "a", "b") else wide) for n, t in x.items()}
         leaves = {n: t.requires_grad_() for n, t in leaves.items()}
         function = composed.RULES.get(rule) or getattr(ops, rule)
-        outputs = function(**leaves, return_state=True, cu_seqlens=cu.to(where), backend=backend)
+        options = {} if offset is None else {"offset": offset.to(where)}
+        outputs = function(**leaves, **options, return_state=True, cu_seqlens=cu.to(where), backend=backend)
         loss = sum((y.double() * towards.to(where)).sum() for y, towards in zip(outputs, directions))
         grads = torch.autograd.grad(loss, list(leaves.values()))
         results.append([y.detach().cpu() for y in (*outputs, *grads)])
@@ -174,6 +185,7 @@ if __name__ == "__main__":
     check_rules(device)
     check_dplr(device)
     check_composed(device)
+    check_online(device)
     check_grouped(device)
     check_layer(device)
     check_model(device)

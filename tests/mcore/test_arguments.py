@@ -6,7 +6,8 @@ import pytest
 import yaml
 from megatron.training.arguments import add_megatron_arguments
 
-from linear_moe.mcore.arguments import add_arguments, check_arguments, config_argv, expand_argv, layer_options
+from linear_moe.mcore.arguments import add_arguments, config_argv, expand_argv, layer_options, read_config
+from linear_moe.mcore.checks import check_arguments
 from linear_moe.mcore.specs import expand_pattern
 
 MODEL = {"num-layers": 4, "hidden-size": 32, "num-attention-heads": 4, "seq-length": 32}
@@ -44,7 +45,7 @@ def test_configuration_becomes_arguments_and_flags_override(tmp_path):
     assert args.swiglu and not args.bf16 and not args.mom_shared_memory and args.load is None
     assert args.data_path == ["0.3", "a", "0.7", "b"]
     options = layer_options(args)
-    assert options.mixer_config.gate_rank == 4 and options.mixer_config.head_dim == 16
+    assert options.mixers["L"].config.gate_rank == 4 and options.mixers["L"].config.head_dim == 16
     assert options.mom.memories == 4 and options.mom.topk == 3 and options.mom.projections == 4
 
 
@@ -76,6 +77,21 @@ def test_bad_configuration_files(tmp_path):
     path.write_text("a: [1\n")
     with pytest.raises(ValueError, match="not valid YAML"):
         expand_argv(["--config", str(path)])
+
+
+def test_base_configurations(tmp_path):
+    """A file overrides its base, key by key, whatever the spelling; null takes a key back."""
+    (tmp_path / "below").mkdir()
+    (tmp_path / "base.yaml").write_text("num_layers: 2\nhidden-size: 32\nqk-layernorm: true\n")
+    path = tmp_path / "below" / "model.yaml"
+    path.write_text("base: ../base.yaml\nnum-layers: 4\nqk-layernorm: null\n")
+    assert config_argv(read_config(path)) == ["--num-layers", "4", "--hidden-size", "32"]
+    (tmp_path / "base.yaml").write_text("base: below/model.yaml\n")
+    with pytest.raises(ValueError, match="base"):
+        read_config(path)
+    path.write_text("base: nowhere.yaml\n")
+    with pytest.raises(ValueError, match=r"nowhere.yaml does not exist"):
+        read_config(path)
 
 
 def test_unknown_flag_suggests(tmp_path):

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from linear_moe.evaluation.plots import read_scalars
-from linear_moe.mcore.arguments import check_arguments, expand_argv
+from linear_moe.mcore.arguments import expand_argv
+from linear_moe.mcore.checks import check_arguments
 from linear_moe.mcore.pretrain import _is_weight, main
 from tests.mcore.test_arguments import parse
 

@@ -110,14 +110,16 @@ def latest(folder: str | Path) -> Path:
     return Path(folder) / f"iter_{iteration:07d}"
 
 
-def read_checkpoint(folder: str | Path) -> dict[str, torch.Tensor]:
-    """The last checkpoint of a --save folder as whole tensors under their global names, read by torch alone."""
-    path = str(latest(folder))
+def read_checkpoint(folder: str | Path, iteration: int | None = None, without: str = "") -> dict[str, torch.Tensor]:
+    """A checkpoint of a --save folder, the last if none is named, as whole tensors under their global names, read by
+    torch alone; without those whose name has a certain part.
+    """
+    path = str(latest(folder) if iteration is None else Path(folder) / f"iter_{iteration:07d}")
     metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     tensors = {
         name: torch.empty(tuple(entry.size), dtype=entry.properties.dtype)
         for name, entry in metadata.items()
-        if isinstance(entry, dcp.metadata.TensorStorageMetadata)
+        if isinstance(entry, dcp.metadata.TensorStorageMetadata) and not (without and without in name)
     }
     dcp.load(tensors, checkpoint_id=path, no_dist=True)
     return tensors

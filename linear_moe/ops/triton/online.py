@@ -79,7 +79,7 @@ class _TTT(torch.autograd.Function):
         vectors, deta = p.empty(p.tokens, p.H, 3), torch.empty_like(eta)
         dq, dk, dv = (torch.empty_like(v) for _ in range(3))
         dscale = None if token_scale is None else p.empty(*eta.shape)
-        dinitial = None if initial is None else torch.empty_like(initial)
+        dinitial = None if initial is None else torch.zeros_like(initial)  # an empty sequence's is not written
         dweight, dbias = (torch.zeros(len(table), p.H, p.V, device=p.device) for _ in range(2))
         every, walks = (len(table) * p.H,), (p.N * p.H,)
         sizes = p.sizes("H", "V", "BC", "PRECISION") | {"BV": block(p.V)}
@@ -147,10 +147,11 @@ class _Titans(torch.autograd.Function):
         _titans_walk(p, (q, k, v, theta, initial), (A, *ends), None, r, S, Z, None)
         options = p.configure("titans_backward", BV=block(p.V))
         blocks = triton.cdiv(p.V, options["BV"])
-        parts = [p.empty(p.tokens, p.H, blocks, width) for width in (p.K, p.K, block(p.C), 5)]
+        parts = [p.empty(p.tokens, p.H, blocks, p.K, dtype=p.wide) for _ in range(2)]
+        parts += [p.empty(p.tokens, p.H, blocks, width) for width in (block(p.C), 5)]
         parts.append(p.empty(len(table), p.H, blocks, 3))
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-        dinitial = None if initial is None else torch.empty_like(initial)
+        dinitial = None if initial is None else torch.zeros_like(initial)  # an empty sequence's is not written
         launch(
             titans_backward, (p.N * p.H * blocks,), q, k, theta, p.offset, A, c, *ends, r, S, Z, do, dfinal,
             *parts[:2], dv, *parts[2:], dinitial, p.cu_seqlens, p.scale, p.T,

@@ -1,0 +1,125 @@
+"""What is refused before any work: arguments that Megatron's own checks let through and our layers cannot do."""
+
+from __future__ import annotations
+
+from megatron.core.extensions.transformer_engine import HAVE_TE
+
+from linear_moe.mcore.arguments import layer_options
+from linear_moe.mcore.specs import LayerOptions, moe_layers
+
+
+def check_arguments(args) -> None:
+    """Refuse, before any work, what Megatron's own checks let through and our layers cannot do.
+
+    Raises:
+        ValueError: with the rule and the values.
+    """
+    options = layer_options(args)
+    if args.transformer_impl == "transformer_engine" and not HAVE_TE:
+        raise ValueError(
+            "transformer_impl transformer_engine needs Transformer Engine: pip install linear-moe[gpu], or choose local"
+        )
+    moe_layers(args.moe_layer_freq, args.num_experts, args.num_layers)
+    _check_widths(args, options)
+    if args.multi_latent_attention and args.transformer_impl == "local":
+        _check_local_latent_attention(args)
+    _check_layout(args)
+    _check_training(args, options)
+    for letter, choice in options.linear.items():
+        if choice.mixer(choice.config).value_residual:
+            _check_value_residual(args, options, letter)
+
+
+def _check_widths(args, options: LayerOptions) -> None:
+    tp = args.tensor_model_parallel_size
+    divided = [("num_attention_heads", args.num_attention_heads)]
+    for choice in options.linear.values():
+        divided += [(f"mixer option {name}", getattr(choice.config, name)) for name in ("num_heads", "num_value_heads")]
+    if args.multi_latent_attention:
+        divided.append(("kv_lora_rank + qk_pos_emb_head_dim", args.kv_lora_rank + args.qk_pos_emb_head_dim))
+        divided.append(("q_lora_rank", args.q_lora_rank or 0))
+    elif args.kv_channels is None and args.hidden_size % args.num_attention_heads:
+        raise ValueError(
+            f"hidden_size ({args.hidden_size}) must be divisible by num_attention_heads ({args.num_attention_heads})"
+        )
+    for name, number in divided:
+        if number % tp:
+            raise ValueError(f"{name} ({number}) must be divisible by tensor_model_parallel_size ({tp})")
+    if args.group_query_attention and args.num_query_groups % tp and tp % args.num_query_groups:
+        raise ValueError(
+            f"num_query_groups ({args.num_query_groups}) must be a multiple or a divisor of "
+            f"tensor_model_parallel_size ({tp})"
+        )
+    if args.num_experts and args.num_experts % args.expert_model_parallel_size:
+        raise ValueError(
+            f"num_experts ({args.num_experts}) must be divisible by "
+            f"expert_model_parallel_size ({args.expert_model_parallel_size})"
+        )
+
+
+def _check_local_latent_attention(args) -> None:
+    tp = args.tensor_model_parallel_size
+    if tp > 1 and not args.sequence_parallel:
+        raise ValueError(
+            f"multi_latent_attention with tensor_model_parallel_size ({tp}) above 1 needs --sequence-parallel"
+        )
+    if args.qk_layernorm and args.q_lora_rank is None:
+        raise ValueError(
+            "multi_latent_attention with qk_layernorm needs q_lora_rank with --transformer-impl local: "
+            "without it Megatron would norm the queries inside a Transformer Engine layer"
+        )
+
+
+def _check_layout(args) -> None:
+    tp = args.tensor_model_parallel_size
+    if args.num_experts and tp > 1 and not args.sequence_parallel:
+        raise ValueError(f"num_experts with tensor_model_parallel_size ({tp}) above 1 needs --sequence-parallel")
+    if args.context_parallel_size > 1:
+        raise ValueError(f"context_parallel_size ({args.context_parallel_size}) must be 1: it is not supported yet")
+    interleaved = args.num_layers_per_virtual_pipeline_stage or args.num_virtual_stages_per_pipeline_rank
+    interleaved = interleaved or getattr(args, "virtual_pipeline_model_parallel_size", None)
+    if interleaved and not args.overlap_p2p_comm:
+        raise ValueError(
+            "the interleaved pipeline schedule needs overlapped p2p communication (batched p2p gives wrong gradients): "
+            "drop --no-overlap-p2p-communication"
+        )
+    packed = args.dataloader_inter_document_masking or args.sft
+    if packed and args.pipeline_model_parallel_size > 1 and args.micro_batch_size != 1:
+        raise ValueError(
+            f"packed sequences under pipeline parallelism need micro_batch_size 1, not {args.micro_batch_size}: "
+            "Megatron's stages exchange [seq_length, micro_batch_size], but a packed batch is one long sequence"
+        )
+
+
+def _check_training(args, options: LayerOptions) -> None:
+    if options.linear and args.reset_attention_mask:
+        raise ValueError(
+            "linear mixers see no attention mask, so --reset-attention-mask cannot keep documents apart; "
+            "use --dataloader-inter-document-masking, which packs them"
+        )
+    if args.mtp_num_layers:
+        raise ValueError(f"mtp_num_layers ({args.mtp_num_layers}) must be 0: it is not supported yet")
+    decay = args.lr_decay_iters or args.train_iters
+    if decay and args.lr_warmup_iters >= decay:
+        raise ValueError(
+            f"lr_warmup_iters ({args.lr_warmup_iters}) must be below lr_decay_iters or train_iters ({decay})"
+        )
+    missing_te = {"layernorm", "moe_act"} & set(args.recompute_modules or ())
+    if args.transformer_impl == "local" and args.recompute_granularity == "selective" and missing_te:
+        raise ValueError(f"recompute_modules {sorted(missing_te)} need --transformer-impl transformer_engine")
+    if args.fp8 and "layernorm" in missing_te and options.linear:
+        raise ValueError("recompute_modules layernorm with fp8 is for softmax layers only; the pattern has linear ones")
+
+
+def _check_value_residual(args, options: LayerOptions, letter: str) -> None:
+    """Every layer takes the first one's values, so these must be there, as they were."""
+    pipeline = args.pipeline_model_parallel_size
+    wrong = {
+        "layer_pattern": (options.pattern, options.pattern[0] != letter, f"start with {letter}"),
+        "mom_memories": (args.mom_memories, args.mom_memories, "be 0: layers route tokens to other memories' rows"),
+        "pipeline_model_parallel_size": (pipeline, pipeline > 1, "be 1"),
+        "recompute_granularity": (args.recompute_granularity, args.recompute_granularity == "full", "not be full"),
+    }
+    for name, (value, refused, rule) in wrong.items():
+        if refused:
+            raise ValueError(f"mixer option value_residual: {name} ({value}) must {rule}")

@@ -1,0 +1,124 @@
+"""Every mixer in every base model: which cells there are, one model for each base model that holds all mixers, and
+README's table of them.
+
+    python -m tests.parallel.matrix    # writes the table into README.md
+"""
+
+import string
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from linear_moe.mcore.arguments import read_config
+from linear_moe.ssm import MIXERS
+from tests.parallel import harness
+from tests.parallel.launch import Case, Outcome, run_cases
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "examples" / "configs"
+BASES = sorted(path.parent.name for path in CONFIGS.glob("*/tiny_mom.yaml"))
+FORMS = ("tiny", "tiny_hybrid", "tiny_mom")  # every layer linear; with softmax layers; and with memories
+MIXED_FORMS = FORMS[1:]
+CELLS = [(mixer, base) for mixer in MIXERS for base in BASES]
+LETTERS = dict(zip(MIXERS, (letter for letter in string.ascii_uppercase if letter != "N")))
+BEGIN, END = "<!-- mixers x base models -->\n", "<!-- end -->\n"
+
+TP2_SP = "--tensor-model-parallel-size 2 --sequence-parallel".split()
+PP2 = "--pipeline-model-parallel-size 2".split()
+EP2 = "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1".split()
+# The initial values make the gradients of queries and keys large enough to be told from rounding; Adam's epsilon keeps
+# it from blowing rounding up where gradients vanish.
+SHORT = """--seq-length 32 --max-position-embeddings 32 --micro-batch-size 2 --global-batch-size 2
+    --init-method-std 0.04 --lr 2e-3 --min-lr 2e-3 --lr-warmup-iters 0 --lr-decay-iters 10 --adam-eps 1e-4
+    --log-interval 1 --eval-iters 0 --eval-interval 1000 --split 100,0,0 --tokenizer-type NullTokenizer
+    --vocab-size 127 --make-vocab-size-divisible-by 32 --distributed-timeout-minutes 1 --seed 1234""".split()
+
+
+def config_file(base: str, form: str) -> str:
+    return str(CONFIGS / base / f"{form}.yaml")
+
+
+def tp2(base: str) -> list[str]:
+    """Tensor and sequence parallelism, and expert parallelism where there are experts, in two processes."""
+    return TP2_SP + (EP2 if "num-experts" in read_config(config_file(base, FORMS[0])) else [])
+
+
+def mixed(base: str, form: str) -> dict[str, object]:
+    """A form of a base model whose linear layers have one mixer each, all of them, and a softmax layer between them."""
+    letters = [LETTERS[mixer] for mixer in MIXERS]
+    letters.insert(len(letters) // 2, "N")
+    changes = {"mixer": {letter: mixer for mixer, letter in LETTERS.items()}, "mixer-args": {}}
+    changes |= {"layer-pattern": "".join(letters), "num-layers": len(letters), "hidden-size": 32}
+    dense_first = read_config(config_file(base, form)).get("moe-layer-freq")
+    if dense_first:
+        changes["moe-layer-freq"] = dense_first[:1] + [1] * (len(letters) - 1)
+    return changes
+
+
+def layer_of(mixer: str, base: str) -> int:
+    """The layer of ``mixed`` that has this mixer."""
+    return str(mixed(base, FORMS[0])["layer-pattern"]).index(LETTERS[mixer])
+
+
+def corpus(prefix: Path) -> str:
+    """One document that steps through 31 tokens, always the same way: each sample has them all, and teaches them."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    tokens = (7 * np.arange(1200) % 31).astype(np.uint16)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    builder.add_document(tokens, [len(tokens)])
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
+def train(config: str, flags: list[str], data: str, save: str, saves: int, iterations: int, load: str | None = None):
+    """A case of launch.py: train a configuration up to so many iterations, with a checkpoint after every ``saves``.
+
+    load: start from the first checkpoint there.
+    """
+    from linear_moe.mcore.pretrain import main
+
+    argv = ["--config", config, *SHORT, "--data-path", data, *flags]
+    argv += ["--train-iters", str(iterations), "--save-interval", str(saves)]
+    return harness.train(main, argv + (["--load", load, "--ckpt-step", str(saves)] if load else []), save)
+
+
+def run_all(processes: int, cases: dict[str, dict]) -> dict[str, Outcome]:
+    """name -> arguments of ``train``. Of single processes two sets at a time."""
+    cases = [Case(name, "tests.parallel.matrix:train", arguments) for name, arguments in cases.items()]
+    halves = [cases[::2], cases[1::2]] if processes == 1 else [cases]
+    with ThreadPoolExecutor() as pool:
+        outcomes = pool.map(partial(run_cases, processes), halves)
+        return {name: outcome for half in outcomes for name, outcome in half.items()}
+
+
+def part(run: harness.Run, last: int, first: int = 1) -> harness.Run:
+    """The iterations of a run from the first to the last, with the checkpoint after that one."""
+    chosen = [run.iterations.index(iteration) for iteration in range(first, last + 1)]
+    lists = {name: [getattr(run, name)[i] for i in chosen] for name in ("losses", "grad_norms")}
+    found = replace(run, **lists, figures=[run.figures[i] for i in chosen] if run.figures else [])
+    found.tensors = harness.read_checkpoint(run.save, last, without="exp_avg_sq")  # which no comparison looks at
+    return found
+
+
+def table() -> str:
+    """README's table: a tick for every cell of the tests."""
+    lines = [f"| | {' | '.join(f'`{base}`' for base in BASES)} |", "|---|" + ":-:|" * len(BASES)]
+    lines += [f"| `{mixer}` | {' | '.join('✓' for _ in BASES)} |" for mixer in MIXERS]
+    return "\n".join(lines) + "\n"
+
+
+def readme_parts() -> tuple[str, str, str]:
+    """README before the table, the table, and README behind it."""
+    before, found, rest = (ROOT / "README.md").read_text().partition(BEGIN)
+    inside, end, after = rest.partition(END)
+    assert found and end, f"README.md lacks {BEGIN!r} or {END!r}"
+    return before + BEGIN, inside, END + after
+
+
+if __name__ == "__main__":
+    start, _, rest = readme_parts()
+    (ROOT / "README.md").write_text(start + table() + rest)
