@@ -87,11 +87,43 @@ def test_base_configurations(tmp_path):
     path.write_text("base: ../base.yaml\nnum-layers: 4\nqk-layernorm: null\n")
     assert config_argv(read_config(path)) == ["--num-layers", "4", "--hidden-size", "32"]
     (tmp_path / "base.yaml").write_text("base: below/model.yaml\n")
-    with pytest.raises(ValueError, match="base"):
+    with pytest.raises(ValueError, match=r"model.yaml is its own base: .*model.yaml -> .*base.yaml -> .*model.yaml"):
         read_config(path)
     path.write_text("base: nowhere.yaml\n")
-    with pytest.raises(ValueError, match=r"nowhere.yaml does not exist"):
+    with pytest.raises(ValueError, match=r"nowhere.yaml \(base of .*model.yaml\) does not exist"):
         read_config(path)
+    path.write_text("base: [a.yaml, b.yaml]\n")
+    with pytest.raises(ValueError, match=r"base must be the name of a file, but is \['a.yaml', 'b.yaml'\]"):
+        read_config(path)
+
+
+def test_several_mixers():
+    """Each has a letter; options by letter; unused ones are not held to the layout."""
+    argv = [*config_argv(MODEL), "--layer-pattern", "GMNG", "--mixer", '{"G": "gla", "M": "mamba2", "U": "deltanet"}']
+    args = parse([*argv, "--mixer-args", '{"G": {"num_heads": 2}, "U": {"num_heads": 1}}'])
+    args.tensor_model_parallel_size = 2
+    check_arguments(args)
+    options = layer_options(args)
+    assert options.pattern == "GMNG" and list(options.linear) == ["G", "M"]
+    names = {letter: choice.mixer.__name__ for letter, choice in options.linear.items()}
+    assert names == {"G": "GatedLinearAttention", "M": "Mamba2"}
+    assert [options.mixers[letter].config.num_heads for letter in "GMU"] == [2, 4, 1]
+
+
+@pytest.mark.parametrize(
+    ("mixer", "mixer_args", "message"),
+    [
+        ('{"N": "gla"}', "{}", r"capital letters other than N to mixers, but has \['N'\]"),
+        ('{"gl": "gla"}', "{}", r"but has \['gl'\]"),
+        ("{}", "{}", "capital letters other than N to mixers"),
+        ('{"G": "gla"}', '{"num_heads": 2}', r"map their letters \(G\) to options, but has 'num_heads': 2"),
+        ('{"G": "gla"}', "{}", r"unknown letters \['L'\]; allowed: G \(linear mixer\), N \(softmax attention\)"),
+        ('{"L": "glaa"}', "{}", "unknown mixer 'glaa'; did you mean 'gla'"),
+    ],
+)
+def test_several_mixers_that_cannot_be(mixer, mixer_args, message):
+    with pytest.raises(ValueError, match=message):
+        check_arguments(parse([*config_argv(MODEL), "--mixer", mixer, "--mixer-args", mixer_args]))
 
 
 def test_unknown_flag_suggests(tmp_path):
@@ -167,6 +199,18 @@ RESIDUAL = '--mixer rwkv7 --mixer-args {"value_residual":true}'
         (
             f"{RESIDUAL} --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
             r"value_residual: recompute_granularity \(full\) must not be full",
+        ),
+        (
+            "--multi-latent-attention --tensor-model-parallel-size 2 --transformer-impl local",
+            "multi_latent_attention with tensor_model_parallel_size .2. above 1 needs --sequence-parallel",
+        ),
+        (
+            "--multi-latent-attention --kv-lora-rank 33 --tensor-model-parallel-size 2 --sequence-parallel",
+            r"kv_lora_rank \+ qk_pos_emb_head_dim \(97\) must be divisible by tensor_model_parallel_size \(2\)",
+        ),
+        (
+            "--multi-latent-attention --qk-layernorm --transformer-impl local",
+            "multi_latent_attention with qk_layernorm needs q_lora_rank",
         ),
         ("--num-experts 2 --moe-layer-freq [0,1]", "moe_layer_freq must hold one 0 or 1 for each of the 4 layers"),
     ],
