@@ -18,13 +18,18 @@ CHECKPOINT_DEFAULTS = {"dist_ckpt_optim_fully_reshardable": True}
 # Arguments that decide which parameters exist and what shape they have.
 ARCHITECTURE = (
     "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels swiglu normalization "
-    "add_bias_linear add_qkv_bias qk_layernorm multi_latent_attention untie_embeddings_and_output_weights vocab_size "
+    "apply_layernorm_1p add_bias_linear add_qkv_bias qk_layernorm attention_output_gate "
+    "untie_embeddings_and_output_weights vocab_size "
+    "multi_latent_attention q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim "
     "position_embedding_type mtp_num_layers num_experts moe_layer_freq moe_ffn_hidden_size "
-    "moe_shared_expert_intermediate_size moe_router_enable_expert_bias "
+    "moe_shared_expert_intermediate_size moe_shared_expert_gate moe_router_enable_expert_bias "
     "layer_pattern mixer mixer_args mom_memories mom_shared_memory mom_single_kv"
 ).split()
 # Arguments that change what the same parameters compute: --finetune may change them, a resumed run may not.
-BEHAVIOUR = "moe_router_topk mom_topk rotary_base rotary_percent squared_relu moe_router_score_function".split()
+BEHAVIOUR = (
+    "moe_router_topk moe_router_score_function moe_router_pre_softmax moe_router_num_groups moe_router_group_topk "
+    "moe_router_topk_scaling_factor mom_topk rotary_base rotary_percent squared_relu"
+).split()
 WEIGHTS_ONLY = "load the weights only: --no-load-optim --no-load-rng to keep the iteration, or --finetune to start at 0"
 
 

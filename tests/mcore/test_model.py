@@ -133,14 +133,14 @@ def test_a_mixer_needs_one_registry_line(seed, monkeypatch):
     assert type(model.decoder.layers[0].self_attention.core.mixer).__name__ == "Toy"
 
 
-def arguments(**options):
+def arguments(path=TINY, **options):
     from linear_moe.mcore.arguments import config_argv, read_config
     from linear_moe.mcore.model import _parse
 
     config = {k.replace("_", "-"): v for k, v in options.items()}
-    args = _parse(config_argv(read_config(TINY) | config))
-    args.padded_vocab_size, args.kv_channels = 512, args.hidden_size // args.num_attention_heads
-    args.attention_output_gate = False
+    args = _parse(config_argv(read_config(path) | config))
+    args.padded_vocab_size = 512
+    args.kv_channels = args.kv_channels or args.hidden_size // args.num_attention_heads
     return args
 
 
@@ -156,6 +156,13 @@ def test_flops_of_softmax_layers_are_megatrons():
         assert abs(training_flops(args, 7) / theirs - 1) < 2e-2, options  # Megatron leaves the MoE router out
 
 
+@pytest.mark.parametrize("base", sorted(path.parent.name for path in TINY.parent.glob("*/tiny_mom.yaml")))
+def test_flops_of_base_models_softmax_layers_are_megatrons(base):
+    """Latent attention, shared experts, output gates, dense first layers: all counted as Megatron counts them."""
+    args = arguments(TINY.parent / base / "tiny.yaml", layer_pattern="N")
+    assert abs(training_flops(args, 7) / num_floating_point_operations(args, 7) - 1) < 3e-2
+
+
 def test_flops_of_linear_layers_by_hand():
     args = arguments(layer_pattern="L", num_layers=1, num_experts=None, mom_memories=0)
     hidden, heads, width, tokens = 64, 4, 16, 3 * 128
@@ -167,6 +174,14 @@ def test_flops_of_linear_layers_by_hand():
     args = arguments(layer_pattern="L", num_layers=1, num_experts=None, mom_memories=4, mom_topk=2)
     writes = 2 * hidden * heads * width + 2 * hidden * heads  # k v, beta a: three times, not once
     assert training_flops(args, 3) == plain + 6 * tokens * (2 * (writes + rule + conv) + 4 * hidden)
+
+
+def test_norms_of_latent_attention_are_named_as_with_transformer_engine():
+    """It fuses them into the projections behind them; local checkpoints are the same format."""
+    model = linear_moe.build_model(TINY.parent / "deepseek_v3" / "tiny.yaml", layer_pattern="N")
+    names = {getattr(tensor, "key", "") for tensor in model.sharded_state_dict().values()}
+    for projection in ("linear_q_up_proj", "linear_kv_up_proj"):
+        assert f"decoder.layers.1.self_attention.{projection}.layer_norm_weight" in names
 
 
 def test_transformer_engine_specs_as_far_as_they_go():

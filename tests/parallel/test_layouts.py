@@ -1,10 +1,9 @@
-"""A hybrid MoM + MoE model, and every mixer, train alike in every parallel layout; checkpoints move between them."""
+"""A hybrid MoM + MoE model trains alike in every parallel layout; checkpoints move between them."""
 
 from dataclasses import replace
 
 import pytest
 
-from linear_moe.ssm import MIXERS
 from tests.parallel import harness
 from tests.parallel.launch import Case, run_cases
 
@@ -140,42 +139,3 @@ def test_resume_is_bitwise(straight, resumed, layout):
 def test_checkpoint_moves_to_another_layout(straight, resumed, source, target):
     before, after = straight[source].result, resumed[source, target].result
     assert not harness.differences(after, last_iterations(before))
-
-
-MIXER_LAYOUTS = {"one": (1, ""), "tp2": (2, TP2), "tp2-sp": (2, f"{TP2} {SP}")}
-FORMS = {"plain": "", "mom": "--mom-memories 3 --mom-topk 2", "single-kv": "--mom-memories 3 --mom-single-kv"}
-# The projections are the layer's, whatever the mixer, and gla has every kind of them.
-MIXER_FORMS = [(mixer, form) for mixer in MIXERS for form in ("plain", "mom")] + [("gla", "single-kv")]
-
-
-@pytest.fixture(scope="module")
-def mixers(folder, data):
-    cases = {}
-    for mixer, form in MIXER_FORMS:
-        for layout, (size, flags) in MIXER_LAYOUTS.items():
-            if form == "plain" and layout == "tp2-sp":
-                continue
-            name = f"{mixer}-{form}-{layout}"
-            model = f"--mixer {mixer} --layer-pattern LN --num-layers 2 {FORMS[form]} {flags}"
-            cases[name] = (size, {"data": data, "flags": model, "save": str(folder / name)})
-    outcomes = run_all(cases)
-    moved = {}
-    for mixer in MIXERS:  # saved under TP, loaded in one process
-        _, alone = cases[f"{mixer}-mom-one"]
-        paths = {"save": str(folder / f"{mixer}-moved"), "load": str(folder / f"{mixer}-mom-tp2-sp")}
-        moved[f"{mixer}-moved"] = (1, alone | paths)
-    return outcomes | run_all(moved)
-
-
-@pytest.mark.parametrize(("mixer", "form"), MIXER_FORMS)
-def test_mixer_under_tensor_parallelism(mixers, mixer, form):
-    reference = mixers[f"{mixer}-{form}-one"].result
-    for layout in MIXER_LAYOUTS:
-        name = f"{mixer}-{form}-{layout}"
-        if name in mixers:
-            assert not harness.differences(mixers[name].result, reference), name
-
-
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_mixers_checkpoint_moves_from_tensor_parallelism(mixers, mixer):
-    assert not harness.differences(mixers[f"{mixer}-moved"].result, last_iterations(mixers[f"{mixer}-mom-one"].result))

@@ -12,9 +12,9 @@ import linear_moe
 from linear_moe.mcore.arguments import config_argv, read_config
 from tests.mcore.test_causality import T, check_causal, packed
 from tests.parallel import harness, matrix
-from tests.parallel.matrix import CELLS, MIXED_BASES, MIXED_FORMS, mixed, part
+from tests.parallel.matrix import BASES, CELLS, MIXED_FORMS, mixed, part
 
-MODELS = [(base, form) for base in MIXED_BASES for form in MIXED_FORMS]
+MODELS = [(base, form) for base in BASES for form in MIXED_FORMS]
 TIMES = (63, 64, 134, T - 1)  # about the border of chunks and of the last packed sequence
 
 

@@ -1,0 +1,49 @@
+"""The base models as shipped in examples/configs, in all their forms: each trains, and goes on under pipeline
+parallelism as in one process. (Tensor, sequence and expert parallelism: test_matrix.py.)
+"""
+
+import pytest
+
+from tests.parallel import harness, matrix
+from tests.parallel.matrix import BASES, FORMS, PP2, part
+
+MODELS = [(base, form) for base in BASES for form in FORMS]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Model -> (a run of 2 iterations in one process, a run under PP2 from the checkpoint between them)."""
+    folder = tmp_path_factory.mktemp("bases")
+    data = matrix.corpus(folder / "corpus")
+
+    def cases(name, flags=(), load=None):
+        return {
+            (name, base, form): {
+                "config": matrix.config_file(base, form),
+                "flags": ["--micro-batch-size", "1", *flags],
+                "data": data,
+                "save": f"{folder}/{name}-{base}-{form}",
+                "saves": 1,
+                "iterations": 2,
+                "load": f"{folder}/{load}-{base}-{form}" if load else None,
+            }
+            for base, form in MODELS
+        }
+
+    outcomes = matrix.run_all(1, cases("one")) | matrix.run_all(2, cases("pp2", PP2, load="one"))
+    return {model: (outcomes["one", *model].result, outcomes["pp2", *model].result) for model in MODELS}
+
+
+@pytest.mark.parametrize(("base", "form"), MODELS)
+def test_pipeline_goes_on_like_one_process(runs, base, form):
+    one, pp2 = runs[base, form]
+    assert one.losses[1] < one.losses[0] - 0.05 and pp2.iterations == [2]
+    assert not harness.differences(part(pp2, 2, first=2), part(one, 2, first=2))
+
+
+def test_expert_bias_moves_and_is_kept(runs):
+    """DeepSeek-V3 balances its experts by a bias that no gradient moves: it is in checkpoints, and loaded from them."""
+    for form in FORMS:
+        one, pp2 = (run.tensors for run in runs["deepseek_v3", form])
+        biases = [name for name in one if name.endswith("router.expert_bias")]
+        assert len(biases) == 3 and all(one[name].any() and one[name].equal(pp2[name]) for name in biases)
