@@ -84,18 +84,18 @@ def _local_defaults() -> dict:
     return found
 
 
-def _json_object(text: str) -> dict:
+def _json_object(text: str, example: str = '{"head_dim": 64}') -> dict:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f'not JSON ({error}); write it as {{"head_dim": 64}}: {text!r}') from None
+        raise argparse.ArgumentTypeError(f"not JSON ({error}); write it as {example}: {text!r}") from None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"must be a JSON object, but is {text!r}")
     return value
 
 
 def _mixer_names(text: str) -> str | dict:
-    return _json_object(text) if text.startswith("{") else text
+    return _json_object(text, '{"G": "gla", "M": "mamba2"}') if text.startswith("{") else text
 
 
 def layer_options(args) -> LayerOptions:

@@ -12,6 +12,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor
 
+from linear_moe.mcore.mixer_layer import packed_cu_seqlens
+
 
 class TorchAttention(MegatronModule):
     """Stands where mcore's DotProductAttention stands in a layer spec; grouped queries, dropout, packed sequences.
@@ -72,7 +74,7 @@ class TorchAttention(MegatronModule):
         causal = self.causal if attn_mask_type is None else attn_mask_type == AttnMaskType.causal
         mask = None
         if packed:
-            mask, causal = block_causal_mask(packed_seq_params.cu_seqlens_q, q.shape[2]), False
+            mask, causal = block_causal_mask(packed_cu_seqlens(packed_seq_params), q.shape[2]), False
         elif not causal and attention_mask is not None:
             mask = ~attention_mask
         dropout = self.dropout if self.training else 0.0

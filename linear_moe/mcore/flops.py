@@ -60,6 +60,9 @@ def _mixer(hidden: int, options: MixerOptions, mom: MoMConfig | None) -> int:
         total += 2 * size * copies
         if spec.conv and spec.role != "gate":
             total += 2 * width * config.conv_size * rows
+    if mixer.token_shift:  # its matrices work on every row
+        shift = (make() for make in mixer.shared_parameters().values())
+        total += sum(2 * weight.numel() * rows for weight in shift if weight.dim() == 2)
     values = config.num_value_heads * config.value_head_dim
     total += mixer.rule_flops * mixer.key_channels * values * rows
     return total + 2 * values * hidden  # output projection

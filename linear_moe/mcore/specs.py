@@ -73,6 +73,9 @@ def mixer_options(args, **defaults: object) -> dict[str, MixerOptions]:
     wrong = [letter for letter in names if len(letter) != 1 or not letter.isupper() or letter == SOFTMAX]
     if wrong or not names:
         raise ValueError(f"mixer must map capital letters other than {SOFTMAX} to mixers, but has {wrong or names}")
+    unnamed = [name for name in names.values() if not isinstance(name, str)]
+    if unnamed:
+        raise ValueError(f"mixer must map letters to names of mixers, but has {unnamed}")
     for letter, options in given.items():
         if letter not in names or not isinstance(options, Mapping):
             raise ValueError(

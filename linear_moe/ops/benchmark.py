@@ -1,16 +1,27 @@
-"""Our torch rules beside what else runs on this machine: same inputs, forward and backward, in one process.
+"""Our torch rules beside what else runs on this machine, or beside the loop over tokens where nothing else does: same
+inputs, forward and backward, in one process.
 
 Runs are interleaved, so that a machine that slows down slows both; times are medians.
 """
 
 import inspect
 import time
+from functools import partial
 from statistics import median
 
 import torch
 from torch.nn.functional import logsigmoid, normalize, scaled_dot_product_attention
 
 from . import api, reference
+
+# What a rule takes beside q, k and v, of heads = (B, T, H) and 64 channels; k is normalised.
+LOOPS = {
+    "dplr": lambda heads, k: (-k, k * torch.rand(*heads, 1), logsigmoid(torch.randn(*heads, 64))),
+    "rwkv6": lambda heads, k: (logsigmoid(torch.randn(*heads, 64)), torch.randn(heads[-1], 64)),
+    "gsa": lambda heads, k: (torch.rand(*heads, 64), logsigmoid(torch.randn(*heads, 64))),
+    "ttt_linear": lambda heads, k: (0.2 * torch.rand(heads), torch.rand(heads), torch.ones(4, 64), torch.zeros(4, 64)),
+    "titans_linear": lambda heads, k: (torch.rand(heads), *(logsigmoid(torch.randn(heads) + 3) for _ in range(2))),
+}
 
 
 def run(repeats=7, scale=1.0, threads=None):
@@ -21,9 +32,11 @@ def run(repeats=7, scale=1.0, threads=None):
     """
     if threads:
         torch.set_num_threads(threads)
-    for case in (_delta_rule, _linear_attention):
+    cases = [(case, repeats) for case in (_delta_rule, _linear_attention)]
+    cases += [(partial(_loop, rule), 1) for rule in LOOPS]  # seconds each
+    for case, turns in cases:
         name, ours, theirs, inputs = case(scale)
-        times = _interleaved((ours, theirs), inputs, repeats)
+        times = _interleaved((ours, theirs), inputs, turns)
         mine, other = (median(t) for t in times)
         print(f"{name:<88} {mine:8.4f} s {other:8.4f} s  x{other / mine:.2f}")
 
@@ -63,6 +76,23 @@ def _linear_attention(scale):
     with torch.no_grad():
         _agree(ours(*inputs), reference.linear_attention(*inputs)[0])
     return f"linear_attention T={T} H=4 K=V=64, torch's causal scaled_dot_product_attention", ours, other, inputs
+
+
+def _loop(rule, scale):
+    T, heads = int(4096 * scale), (1, int(4096 * scale), 4)
+    q, k, v = _heads(T, 3)
+    k = normalize(k, dim=-1)
+    inputs = [x.requires_grad_() for x in (q, k, v, *LOOPS[rule](heads, k.detach()))]
+
+    def ours(*inputs):
+        return getattr(api, rule)(*inputs, backend="torch")[0]
+
+    def other(*inputs):
+        return getattr(reference, rule)(*inputs)[0]
+
+    with torch.no_grad():
+        _agree(ours(*inputs), other(*inputs))
+    return f"{rule} T={T} H=4 K=V=64, the loop over tokens", ours, other, inputs
 
 
 def _transformers_rule():

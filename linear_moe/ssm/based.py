@@ -9,6 +9,8 @@ from linear_moe.ops import combine
 from linear_moe.ssm.linear_attention import normalized_attention
 from linear_moe.ssm.mixer import Mixer, Projection
 
+MAX_HEAD_DIM = 64  # more would make a state of thousands of key channels
+
 
 class Based(Mixer):
     rule = "S + phi(k) v^T, phi(q).phi(k) = 1 + x + x^2 / 2 of x = q.k / sqrt(K); divided by q.sum(k)"
@@ -25,6 +27,11 @@ class Based(Mixer):
 
         def __post_init__(self) -> None:
             super().__post_init__()
+            if self.head_dim > MAX_HEAD_DIM:
+                raise ValueError(
+                    f"mixer option head_dim must be at most {MAX_HEAD_DIM}, but is {self.head_dim}: "
+                    "a second-order feature map squares it"
+                )
             if self.divisor_eps <= 0:
                 raise ValueError(f"mixer option divisor_eps must be positive, but is {self.divisor_eps}")
 

@@ -149,16 +149,18 @@ class MixerCore(nn.Module):
             if parameter.trainable:
                 self.head_shapes[name] = (value.shape[0] // shards, *value.shape[1:])
                 # Flat, because optimizers decay what has two dimensions, and none of these is a matrix.
-                add(name, (value.numel(),), partial(_fill, parameter.init, len(value)))
+                add(name, (value.numel(),), partial(_fill, partial(parameter.init, len(value))))
             else:
                 self.constants[name] = self._cut(value).to(device)
         for name, spec in self.specs.items():
             if spec.conv and mixer.config.conv_size:
                 add(f"conv_{name}", (spec.width * mixer.heads(spec.per), mixer.config.conv_size), _fill_conv)
         self.heads = Parameters(heads)  # sharded along their first dimension
-        self.shared = Parameters(
-            {name: nn.Parameter(init().to(**factory)) for name, init in mixer.shared_parameters().items()}
-        )
+        shared: dict[str, nn.Parameter] = {}
+        for name, init in mixer.shared_parameters().items():
+            shared[name] = nn.Parameter(init().to(**factory))
+            shared[name].initializer = partial(_fill, init)
+        self.shared = Parameters(shared)
 
     def _fused(self, names, hidden_size, copies, factory) -> FusedProjection | None:
         if not names:
@@ -204,8 +206,8 @@ class MixerCore(nn.Module):
             full = torch.empty(parameter.shape[0] * self.shards, *parameter.shape[1:])
             parameter.initializer(full)
             parameter.copy_(self._cut(full))
-        for name, parameter in self.shared.named_parameters():
-            parameter.copy_(self.mixer.shared_parameters()[name]())
+        for parameter in self.shared.parameters():
+            parameter.initializer(parameter)
 
     def sharded_axes(self) -> dict[str, int]:
         """Parameter name -> the axis that is cut over the shards; every other parameter is replicated."""
@@ -288,8 +290,8 @@ class MixerCore(nn.Module):
         return x.unflatten(-1, (-1, spec.width))
 
 
-def _fill(init: Callable[[int], Tensor], heads: int, tensor: Tensor) -> None:
-    tensor.copy_(init(heads).flatten())
+def _fill(make: Callable[[], Tensor], tensor: Tensor) -> None:
+    tensor.copy_(make().view(tensor.shape))
 
 
 def _fill_conv(tensor: Tensor) -> None:

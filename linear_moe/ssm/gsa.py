@@ -9,7 +9,8 @@ from linear_moe.ssm.mixer import Mixer, Projection, require_equal_heads
 
 
 class GatedSlotAttention(Mixer):
-    """The published layer normalises over all heads at once; here each head has its norm, so that heads shard."""
+    """The published layer normalises over all heads at once; here each head has its norm, so that heads shard.
+    Queries are scaled by K^-1/2 (published code has no scale, which a learned projection can undo)."""
 
     rule = "K = Diag(e^g) K + (1 - e^g) k^T, V likewise; o = V^T softmax(K q), g = logsigmoid(.) / gate_normalizer"
     paper = "arXiv 2409.07146"

@@ -12,7 +12,8 @@ from linear_moe.ssm.mixer import HeadParameter, Mixer, Projection, require_equal
 
 class HGRN2(Mixer):
     """The paper's lower bounds are a softmax over layers, summed up to each; every layer here owns its own bound, which
-    starts where the paper's start (l / L) and is free from there on, so that no parameter spans pipeline stages."""
+    starts where the paper's start (l / L) and is free from there on, so that no parameter spans pipeline stages.
+    The output norm is one of each head, where the paper's is one of all, so that heads shard."""
 
     rule = "Diag(f) S + (1 - f) v^T, f = lb + (1 - lb) sigmoid(.), lb = 0 in the first layer"
     paper = "arXiv 2404.07904"

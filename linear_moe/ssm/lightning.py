@@ -19,6 +19,8 @@ def alibi_slopes(heads: int) -> Tensor:
 
 
 class Lightning(Mixer):
+    """The output norm is one of each head, where the published one is of all, so that heads shard."""
+
     rule = "e^g S + k v^T, g = -s_h (1 - l/(L-1) + 1e-5)"
     paper = "arXiv 2401.04658"
     gate_activation = "sigmoid"

@@ -212,6 +212,9 @@ RESIDUAL = '--mixer rwkv7 --mixer-args {"value_residual":true}'
             "--multi-latent-attention --qk-layernorm --transformer-impl local",
             "multi_latent_attention with qk_layernorm needs q_lora_rank",
         ),
+        ('--mixer {"L":null}', r"mixer must map letters to names of mixers, but has \[None\]"),
+        ('--mixer {"L":["gla"]}', r"mixer must map letters to names of mixers, but has \[\['gla'\]\]"),
+        ('--mixer based --mixer-args {"head_dim":256}', "head_dim must be at most 64, but is 256"),
         ("--num-experts 2 --moe-layer-freq [0,1]", "moe_layer_freq must hold one 0 or 1 for each of the 4 layers"),
     ],
 )

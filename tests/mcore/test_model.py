@@ -48,6 +48,22 @@ def test_same_seed_same_model():
     assert not torch.equal(first["embedding.word_embeddings.weight"], other["embedding.word_embeddings.weight"])
 
 
+@pytest.mark.parametrize(
+    ("mixer", "options"),
+    [("linear_attention", {"feature_map": "hedgehog"}), ("linear_attention", {"feature_map": "t2r"}), ("rwkv6", {})],
+)
+def test_shared_parameters_start_as_their_mixer_says(mixer, options, seed):
+    """Megatron's initial values are for projections; a map that is not one has its own."""
+    model = linear_moe.build_model(TINY, seed=seed, mixer=mixer, mixer_args=options, layer_pattern="L")
+    core = model.decoder.layers[1].self_attention.core
+    for name, init in core.mixer.shared_parameters().items():
+        found, said = dict(core.shared.named_parameters())[name].detach(), init()
+        if "down" in name or "up" in name:  # random
+            assert 0.9 < found.std() / said.std() < 1.1, name
+        else:
+            assert found.equal(said), name
+
+
 @pytest.mark.parametrize("options", [{}, {"recompute_granularity": "full", "recompute_method": "uniform"}], ids=str)
 def test_recompute_changes_nothing(options, seed):
     """Full activation recomputation: the same gradients, and the routers' figures counted once."""
@@ -203,3 +219,17 @@ def test_a_users_own_megatron_script(tmp_path):
     )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     assert "iteration        3/       3" in run.stdout and "lm loss" in run.stdout
+
+
+def test_padded_packs_are_masked_by_their_padded_borders(seed):
+    """A user's own script may pad its sequences: attention and mixers then see the same borders."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    model = linear_moe.build_model(TINY, seed=seed, layer_pattern="N")
+    attention = model.decoder.layers[0].self_attention
+    real, padded = (torch.tensor(borders, dtype=torch.int32) for borders in ([0, 5, 12], [0, 8, 16]))
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=real, cu_seqlens_q_padded=padded)
+    x = torch.randn(16, 1, 64, requires_grad=True)
+    o = attention(x, None, packed_seq_params=packed)[0]
+    (grad,) = torch.autograd.grad(o[12].sum(), x)
+    assert not grad[:8].any() and grad[8:13].abs().amin() > 0

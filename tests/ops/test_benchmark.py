@@ -15,6 +15,8 @@ def test_runs(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("delta_rule T=64") for line in lines)
     assert any(line.startswith("linear_attention T=128") for line in lines)
+    for rule in benchmark.LOOPS:
+        assert any(line.startswith(f"{rule} T=64") and "the loop" in line for line in lines)
 
 
 def test_missing_transformers_names_the_extra(monkeypatch):

@@ -1,53 +1,77 @@
-"""All mixers in one dense model, where the matrix does not go: TP without SP, and one set of write projections."""
+"""All mixers in one dense model, where the matrix does not go: TP without SP, one set of write projections, and options
+that add parameters; and a checkpoint that moves with them.
+"""
 
 import pytest
 
 from linear_moe.mcore.arguments import config_argv
-from linear_moe.ssm import MIXERS
 from tests.parallel import harness, matrix
-from tests.parallel.matrix import TP2_SP, layer_of, mixed
+from tests.parallel.matrix import TP2_SP, mixed, part
 
-BASE = "llama3"
-CASES = {  # name: (form, flags, flags of two processes)
-    "plain": ("tiny_hybrid", [], TP2_SP[:2]),
-    "mom": ("tiny_mom", [], TP2_SP[:2]),
-    "single-kv": ("tiny_mom", ["--mom-single-kv"], TP2_SP),
+BASE, TP2 = "llama3", TP2_SP[:2]
+OPTIONS = {
+    "A": {"feature_map": "hedgehog", "normalize": True},
+    "B": {"feature_map": "t2r"},
+    "C": {"feature_map": "dpfp", "normalize": True},
+    "D": {"value_residual": True},
 }
+WITH_OPTIONS = {
+    "mixer": {letter: "rwkv7" if letter == "D" else "linear_attention" for letter in OPTIONS},
+    "mixer-args": OPTIONS,
+    "layer-pattern": "DABCD",  # a value residual is one from the first layer
+    "num-layers": 5,
+}
+CASES = {  # name: (configuration, changes, flags of two processes)
+    "plain": ("tiny_hybrid", mixed(BASE, "tiny_hybrid"), TP2),
+    "mom": ("tiny_mom", mixed(BASE, "tiny_mom"), TP2),
+    "single-kv": ("tiny_mom", mixed(BASE, "tiny_mom") | {"mom-single-kv": True}, TP2_SP),
+    "options": ("tiny", WITH_OPTIONS, TP2_SP),
+}
+LAYERS = [(case, layer) for case, (_, changes, _) in CASES.items() for layer in range(changes["num-layers"])]
 
 
 @pytest.fixture(scope="module")
-def differences(tmp_path_factory):
-    """Case -> what differs between one process and two after a step."""
+def runs(tmp_path_factory):
+    """Case -> name -> Run: in one process, in two, and from the latter's first checkpoint in one."""
     folder = tmp_path_factory.mktemp("mixers")
     data = matrix.corpus(folder / "corpus")
 
-    def runs(processes):
-        return matrix.run_all(
-            processes,
-            {
-                name: {
-                    "config": matrix.config_file(BASE, form),
-                    "flags": config_argv(mixed(BASE, form)) + flags + (in_two if processes == 2 else []),
-                    "data": data,
-                    "save": f"{folder}/{name}-{processes}",
-                    "saves": 1,
-                    "iterations": 1,
-                }
-                for name, (form, flags, in_two) in CASES.items()
-            },
-        )
+    def cases(name, wanted, in_two=False, load=None):
+        return {
+            (case, name): {
+                "config": matrix.config_file(BASE, CASES[case][0]),
+                "flags": config_argv(CASES[case][1]) + (CASES[case][2] if in_two else []),
+                "data": data,
+                "save": f"{folder}/{name}-{case}",
+                "saves": 1,
+                "iterations": 2,
+                "load": f"{folder}/{load}-{case}" if load else None,
+            }
+            for case in wanted
+        }
 
-    one, two = runs(1), runs(2)
-    return {name: harness.differences(two[name].result, one[name].result) for name in CASES}
+    outcomes = matrix.run_all(1, cases("one", CASES)) | matrix.run_all(2, cases("two", CASES, in_two=True))
+    outcomes |= matrix.run_all(1, cases("moved", ["options"], load="two"))
+    return {key: outcome.result for key, outcome in outcomes.items()}
+
+
+@pytest.fixture(scope="module")
+def differences(runs):
+    """Case -> what differs between one process and two after a step."""
+    return {case: harness.differences(part(runs[case, "two"], 1), part(runs[case, "one"], 1)) for case in CASES}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_mixers_share(differences, case):
-    layers = [f"decoder.layers.{layer_of(mixer, BASE)}." for mixer in MIXERS]
-    assert not [line for line in differences[case] if not any(layer in line for layer in layers)]
+    assert not [line for line in differences[case] if "decoder.layers." not in line]
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
-@pytest.mark.parametrize("case", CASES)
-def test_mixer_under_tensor_parallelism(differences, mixer, case):
-    assert not [line for line in differences[case] if f"decoder.layers.{layer_of(mixer, BASE)}." in line]
+@pytest.mark.parametrize(("case", "layer"), LAYERS)
+def test_layer_under_tensor_parallelism(differences, case, layer):
+    assert not [line for line in differences[case] if f"decoder.layers.{layer}." in line]
+
+
+def test_checkpoint_with_options_moves(runs):
+    assert not harness.differences(part(runs["options", "moved"], 2, 2), part(runs["options", "two"], 2, 2))
+    names = " ".join(runs["options", "one"].tensors)
+    assert "q_map_bias" in names and "nu" in names
