@@ -4,7 +4,7 @@ import argparse
 from importlib import import_module
 from pathlib import Path
 
-PLAIN = ("gated_deltanet", "gated_deltanet+mom", "gla", "gla+mom", "softmax")
+MODELS = ("gated_deltanet", "gated_deltanet+mom-single-kv", "gla", "gla+mom-single-kv", "softmax")
 
 
 def add_mqar(commands):
@@ -14,14 +14,14 @@ def add_mqar(commands):
     command.add_argument(
         "--models",
         nargs="+",
-        default=PLAIN,
+        default=MODELS,
         metavar="MODEL",
-        help="[NAME=]BASE[{key: value}]: BASE a mixer, MIXER+mom, softmax or a configuration file; keys as in such a "
-        "file. Default: %(default)s",
+        help="[NAME=]BASE[{key: value}]: BASE a mixer, MIXER+mom, MIXER+mom-single-kv, softmax or a configuration "
+        "file; keys as in such a file. Default: %(default)s",
     )
     command.add_argument("--options", default="{}", metavar="YAML", help="{key: value} for all models")
     command.add_argument("--seq-length", type=int, default=64)
-    command.add_argument("--pairs", type=int, nargs="+", default=[4, 8, 16], help="examples have these in turns")
+    command.add_argument("--pairs", type=int, nargs="+", default=[2, 8, 16], help="examples have these in turns")
     command.add_argument("--vocab-size", type=int, default=64, help="half keys, half values")
     command.add_argument("--power", type=float, default=0.01, help="of the queries' gaps; 1: uniform")
     command.add_argument(
@@ -34,12 +34,12 @@ def add_mqar(commands):
         help="widen feed-forward layers until all models have the parameters of the largest",
     )
     command.add_argument("--seeds", type=int, default=3)
-    command.add_argument("--steps", type=int, default=1500)
-    command.add_argument("--batch-size", type=int, default=16)
-    command.add_argument("--lrs", type=float, nargs="+", default=[2e-3], help="the best on the validation set counts")
+    command.add_argument("--steps", type=int, default=2000)
+    command.add_argument("--batch-size", type=int, default=32)
+    command.add_argument("--lrs", type=float, nargs="+", default=[3e-3], help="the best on the validation set counts")
     command.add_argument("--examples", type=int, default=512, help="of the validation set, and of the test set")
     command.add_argument("--processes", type=int, default=1, help="of each run, by torchrun")
-    command.add_argument("--jobs", type=int, default=1, help="runs at a time, each on GPUs of its own")
+    command.add_argument("--jobs", type=int, default=1, help="runs at a time; GPUs are dealt out in turn")
     command.add_argument("--output", type=Path, required=True, help="folder; runs that have finished in it stay")
     command.set_defaults(run="linear_moe.evaluation.mqar:mqar")
 

@@ -29,7 +29,7 @@ from linear_moe.mcore.arguments import read_config
 # What a mixer's name alone stands for: two layers, with short convolutions (a key must meet its value).
 BASE = {
     "num-layers": 2,
-    "hidden-size": 64,
+    "hidden-size": 128,
     "num-attention-heads": 2,
     "ffn-hidden-size": 64,
     "position-embedding-type": "rope",
@@ -49,14 +49,15 @@ BASE = {
     "mixer-args": {"num_heads": 1, "conv_size": 4},
 }
 MOM = {"mom-memories": 4, "mom-topk": 2}
+SUFFIXES = {"+mom": MOM, "+mom-single-kv": MOM | {"mom-single-kv": True}}
 
 
 def parse_model(word: str) -> tuple[str, dict[str, object]]:
     """``[NAME=]BASE[{key: value, ...}]`` -> its name and configuration.
 
-    BASE is a mixer (in the model above), a mixer and ``+mom`` (4 memories, top-2, a shared one), ``softmax``, or a YAML
-    configuration file. What stands in braces, in YAML, are Megatron's and our arguments, and wins; mixer-args add to
-    those that are there.
+    BASE is a mixer (in the model above), a mixer and ``+mom`` (4 memories, top-2, a shared one) or ``+mom-single-kv``
+    (the same with one set of write projections), ``softmax``, or a YAML configuration file. What stands in braces, in
+    YAML, are Megatron's and our arguments, and wins; mixer-args add to those that are there.
 
     Raises:
         ValueError: another form, or a file that does not exist.
@@ -69,7 +70,10 @@ def parse_model(word: str) -> tuple[str, dict[str, object]]:
         return name, merge(read_config(base), own)
     if base == "softmax":
         return name, merge(BASE | {"layer-pattern": "N"}, own)
-    return name, merge(BASE | {"mixer": base.removesuffix("+mom")} | (MOM if base.endswith("+mom") else {}), own)
+    mixer, plus, rest = base.partition("+")
+    if plus + rest not in ("", *SUFFIXES):
+        raise ValueError(f"behind a mixer only {' or '.join(SUFFIXES)} may stand, not {plus + rest!r}")
+    return name, merge(BASE | {"mixer": mixer} | SUFFIXES.get(plus + rest, {}), own)
 
 
 def parse_options(text: str) -> dict[str, object]:

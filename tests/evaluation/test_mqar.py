@@ -169,6 +169,7 @@ def test_models_are_named_in_words(tmp_path):
     name, config = parse_model("gla+mom{mom-memories: 8, mixer_args: {gate_rank: 4}}")
     assert name == "gla+mom" and (config["mixer"], config["mom-memories"], config["mom-topk"]) == ("gla", 8, 2)
     assert config["mixer-args"] == {"num_heads": 1, "conv_size": 4, "gate_rank": 4}
+    assert parse_model("gla+mom-single-kv")[1] == parse_model("gla+mom{mom-single-kv: true}")[1]
     assert parse_model("top=softmax")[1]["layer-pattern"] == "N"
     file = tmp_path / "x.yaml"
     file.write_text("num-layers: 3\nmixer_args: {conv_size: 2}\n")
@@ -182,6 +183,7 @@ def test_models_are_named_in_words(tmp_path):
     [
         (["gla{"], {}, "a model is"),
         (["gla{a: [}"], {}, "not YAML"),
+        (["gla+mon"], {}, r"only \+mom or \+mom-single-kv may stand, not '\+mon'"),
         (["gla{num_heads: 3}"], {}, "unknown key 'num-heads'"),
         (["nowhere.yaml"], {}, "nowhere.yaml does not exist"),
         (["glaa"], {}, "unknown mixer 'glaa'; did you mean 'gla'"),
