@@ -96,7 +96,9 @@ def plot(results: Sequence[Result], png: str | Path) -> None:
                 label=name,
             )
         axes.axhline(task.chance, color=MUTED, linewidth=1, linestyle=(0, (1, 2)), label="chance")
+        states = sorted({runs[0]["state"] for points in series.values() for runs in points if not _softmax(runs[0])})
         axes.set_xscale("log", base=2)
+        axes.set_xticks(states, [f"{state:,.0f}" for state in states])
         axes.set_ylim(-0.02, 1.03)
         axes.set_title(f"{pairs} pairs", fontsize=10, color=INK)
         _label(axes, "", "")
