@@ -20,7 +20,10 @@ LOOPS = {
     "rwkv6": lambda heads, k: (logsigmoid(torch.randn(*heads, 64)), torch.randn(heads[-1], 64)),
     "gsa": lambda heads, k: (torch.rand(*heads, 64), logsigmoid(torch.randn(*heads, 64))),
     "ttt_linear": lambda heads, k: (0.2 * torch.rand(heads), torch.rand(heads), torch.ones(4, 64), torch.zeros(4, 64)),
-    "titans_linear": lambda heads, k: (torch.rand(heads), *(logsigmoid(torch.randn(heads) + 3) for _ in range(2))),
+    "titans_linear": lambda heads, k: (
+        0.02 * torch.rand(heads),
+        *(logsigmoid(torch.randn(heads) + 3) for _ in range(2)),
+    ),
 }
 
 
