@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from linear_moe.mcore.arguments import layer_options
 from linear_moe.mcore.specs import SOFTMAX, MixerOptions, moe_layers
 from linear_moe.mom import MoMConfig
@@ -61,7 +63,8 @@ def _mixer(hidden: int, options: MixerOptions, mom: MoMConfig | None) -> int:
         if spec.conv and spec.role != "gate":
             total += 2 * width * config.conv_size * rows
     if mixer.token_shift:  # its matrices work on every row
-        shift = (make() for make in mixer.shared_parameters().values())
+        with torch.device("meta"):  # this runs at every step: it must neither draw nor fill anything
+            shift = [make() for make in mixer.shared_parameters().values()]
         total += sum(2 * weight.numel() * rows for weight in shift if weight.dim() == 2)
     values = config.num_value_heads * config.value_head_dim
     total += mixer.rule_flops * mixer.key_channels * values * rows

@@ -200,9 +200,10 @@ def _local_submodules(config, moe: bool) -> TransformerLayerSubmodules:
                 setattr(attention, name, Norm)
     # Transformer Engine fuses a norm into the projection behind it, and checkpoints name it after that projection.
     # The same names here make local and Transformer Engine checkpoints one format.
-    keys = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if config.multi_latent_attention:
         keys = {f"self_attention.{x}_layernorm.": f"self_attention.linear_{x}_up_proj.layer_norm_" for x in ("q", "kv")}
+    else:
+        keys = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if not moe:
         keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     return replace(layer, input_layernorm=Norm, pre_mlp_layernorm=Norm, sharded_state_dict_keys_map=keys)

@@ -82,10 +82,10 @@ def _linear_attention(scale):
 
 
 def _loop(rule, scale):
-    T, heads = int(4096 * scale), (1, int(4096 * scale), 4)
+    T = int(4096 * scale)
     q, k, v = _heads(T, 3)
     k = normalize(k, dim=-1)
-    inputs = [x.requires_grad_() for x in (q, k, v, *LOOPS[rule](heads, k.detach()))]
+    inputs = [x.requires_grad_() for x in (q, k, v, *LOOPS[rule]((1, T, 4), k))]
 
     def ours(*inputs):
         return getattr(api, rule)(*inputs, backend="torch")[0]

@@ -192,6 +192,16 @@ def test_flops_of_linear_layers_by_hand():
     assert training_flops(args, 3) == plain + 6 * tokens * (2 * (writes + rule + conv) + 4 * hidden)
 
 
+def test_flops_of_token_shift_draw_nothing():
+    """They are counted at every step, between what training draws."""
+    model = {"layer_pattern": "L", "mixer": "rwkv6", "num_layers": 1, "num_experts": None, "mom_memories": 0}
+    narrow, wide = (arguments(**model, mixer_args={"mix_rank": rank}) for rank in (8, 16))
+    before = torch.get_rng_state()
+    difference = training_flops(wide, 3) - training_flops(narrow, 3)
+    assert torch.get_rng_state().equal(before)
+    assert difference == 6 * 3 * 128 * 5 * 2 * 8 * 64  # five names, down and up, 8 more ranks
+
+
 def test_norms_of_latent_attention_are_named_as_with_transformer_engine():
     """It fuses them into the projections behind them; local checkpoints are the same format."""
     model = linear_moe.build_model(TINY.parent / "deepseek_v3" / "tiny.yaml", layer_pattern="N")
