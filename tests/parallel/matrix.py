@@ -24,6 +24,7 @@ FORMS = ("tiny", "tiny_hybrid", "tiny_mom")  # every layer linear; with softmax 
 MIXED_FORMS = FORMS[1:]
 CELLS = [(mixer, base) for mixer in MIXERS for base in BASES]
 LETTERS = dict(zip(MIXERS, (letter for letter in string.ascii_uppercase if letter != "N")))
+CORPUS = "corpus"
 BEGIN, END = "<!-- mixers x base models -->\n", "<!-- end -->\n"
 
 TP2_SP = "--tensor-model-parallel-size 2 --sequence-parallel".split()
@@ -65,36 +66,48 @@ def layer_of(mixer: str, base: str) -> int:
     return str(mixed(base, FORMS[0])["layer-pattern"]).index(LETTERS[mixer])
 
 
-def corpus(prefix: Path) -> str:
+def corpus(folder: Path) -> None:
     """One document that steps through 31 tokens, always the same way: each sample has them all, and teaches them."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     tokens = (7 * np.arange(1200) % 31).astype(np.uint16)
+    prefix = folder / CORPUS
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     builder.add_document(tokens, [len(tokens)])
     builder.finalize(f"{prefix}.idx")
-    return str(prefix)
 
 
-def train(config: str, flags: list[str], data: str, save: str, saves: int, iterations: int, load: str | None = None):
-    """A case of launch.py: train a configuration up to so many iterations, with a checkpoint after every ``saves``.
+def train(config: str, flags: list[str], data: str, save: str, load: str | None = None):
+    """A case of launch.py: train a configuration up to the second iteration, with a checkpoint after each.
 
     load: start from the first checkpoint there.
     """
     from linear_moe.mcore.pretrain import main
 
     argv = ["--config", config, *SHORT, "--data-path", data, *flags]
-    argv += ["--train-iters", str(iterations), "--save-interval", str(saves)]
-    return harness.train(main, argv + (["--load", load, "--ckpt-step", str(saves)] if load else []), save)
+    argv += ["--train-iters", "2", "--save-interval", "1"]
+    return harness.train(main, argv + (["--load", load, "--ckpt-step", "1"] if load else []), save)
 
 
-def run_all(processes: int, cases: dict[str, dict]) -> dict[str, Outcome]:
-    """name -> arguments of ``train``. Of single processes two sets at a time."""
-    cases = [Case(name, "tests.parallel.matrix:train", arguments) for name, arguments in cases.items()]
+def run_all(processes: int, name: str, models: dict, folder: Path, load: str | None = None) -> dict[object, Outcome]:
+    """Trains models, {key: (configuration file, flags)}, for two iterations from the data that ``corpus`` wrote.
+
+    Of single processes two sets at a time. Checkpoints go to a folder of that name for each; load: the name that an
+    earlier call had, from whose first checkpoints these go on.
+    """
+
+    def place(name: str, key) -> str:
+        return str(folder / "-".join([name, *((key,) if isinstance(key, str) else key)]))
+
+    cases = []
+    for key, (config, flags) in models.items():
+        paths = {"data": str(folder / CORPUS), "save": place(name, key), "load": load and place(load, key)}
+        arguments = {"config": config, "flags": flags, **paths}
+        cases.append(Case(key, "tests.parallel.matrix:train", arguments))
     halves = [cases[::2], cases[1::2]] if processes == 1 else [cases]
     with ThreadPoolExecutor() as pool:
         outcomes = pool.map(partial(run_cases, processes), halves)
-        return {name: outcome for half in outcomes for name, outcome in half.items()}
+        return {key: outcome for half in outcomes for key, outcome in half.items()}
 
 
 def part(run: harness.Run, last: int, first: int = 1) -> harness.Run:

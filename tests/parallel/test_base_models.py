@@ -14,24 +14,14 @@ MODELS = [(base, form) for base in BASES for form in FORMS]
 def runs(tmp_path_factory):
     """Model -> (a run of 2 iterations in one process, a run under PP2 from the checkpoint between them)."""
     folder = tmp_path_factory.mktemp("bases")
-    data = matrix.corpus(folder / "corpus")
+    matrix.corpus(folder)
 
-    def cases(name, flags=(), load=None):
-        return {
-            (name, base, form): {
-                "config": matrix.config_file(base, form),
-                "flags": ["--micro-batch-size", "1", *flags],
-                "data": data,
-                "save": f"{folder}/{name}-{base}-{form}",
-                "saves": 1,
-                "iterations": 2,
-                "load": f"{folder}/{load}-{base}-{form}" if load else None,
-            }
-            for base, form in MODELS
-        }
+    def models(*flags):
+        return {model: (matrix.config_file(*model), ["--micro-batch-size", "1", *flags]) for model in MODELS}
 
-    outcomes = matrix.run_all(1, cases("one")) | matrix.run_all(2, cases("pp2", PP2, load="one"))
-    return {model: (outcomes["one", *model].result, outcomes["pp2", *model].result) for model in MODELS}
+    one = matrix.run_all(1, "one", models(), folder)
+    pp2 = matrix.run_all(2, "pp2", models(*PP2), folder, load="one")
+    return {model: (one[model].result, pp2[model].result) for model in MODELS}
 
 
 @pytest.mark.parametrize(("base", "form"), MODELS)

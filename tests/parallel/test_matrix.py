@@ -22,25 +22,17 @@ TIMES = (63, 64, 134, T - 1)  # about the border of chunks and of the last packe
 def runs(tmp_path_factory):
     """Model -> name -> Run: in one process; under TP2 (SP, EP2); and from the latter's first checkpoint in one."""
     folder = tmp_path_factory.mktemp("matrix")
-    data = matrix.corpus(folder / "corpus")
+    matrix.corpus(folder)
 
-    def cases(name, layout=None, load=None):
-        return {
-            (name, base, form): {
-                "config": matrix.config_file(base, form),
-                "flags": config_argv(mixed(base, form)) + (layout(base) if layout else []),
-                "data": data,
-                "save": f"{folder}/{name}-{base}-{form}",
-                "saves": 1,
-                "iterations": 2,
-                "load": f"{folder}/{load}-{base}-{form}" if load else None,
-            }
-            for base, form in MODELS
-        }
+    def models(layout=lambda base: []):
+        return {(b, form): (matrix.config_file(b, form), config_argv(mixed(b, form)) + layout(b)) for b, form in MODELS}
 
-    outcomes = matrix.run_all(1, cases("one")) | matrix.run_all(2, cases("tp2", matrix.tp2))
-    outcomes |= matrix.run_all(1, cases("moved", load="tp2"))
-    return {model: {name: outcomes[name, *model] for name in ("one", "tp2", "moved")} for model in MODELS}
+    outcomes = {
+        "one": matrix.run_all(1, "one", models(), folder),
+        "tp2": matrix.run_all(2, "tp2", models(matrix.tp2), folder),
+        "moved": matrix.run_all(1, "moved", models(), folder, load="tp2"),
+    }
+    return {model: {name: found[model] for name, found in outcomes.items()} for model in MODELS}
 
 
 @pytest.fixture(scope="module")

@@ -34,25 +34,12 @@ LAYERS = [(case, layer) for case, (_, changes, _) in CASES.items() for layer in 
 def runs(tmp_path_factory):
     """Case -> name -> Run: in one process, in two, and from the latter's first checkpoint in one."""
     folder = tmp_path_factory.mktemp("mixers")
-    data = matrix.corpus(folder / "corpus")
-
-    def cases(name, wanted, in_two=False, load=None):
-        return {
-            (case, name): {
-                "config": matrix.config_file(BASE, CASES[case][0]),
-                "flags": config_argv(CASES[case][1]) + (CASES[case][2] if in_two else []),
-                "data": data,
-                "save": f"{folder}/{name}-{case}",
-                "saves": 1,
-                "iterations": 2,
-                "load": f"{folder}/{load}-{case}" if load else None,
-            }
-            for case in wanted
-        }
-
-    outcomes = matrix.run_all(1, cases("one", CASES)) | matrix.run_all(2, cases("two", CASES, in_two=True))
-    outcomes |= matrix.run_all(1, cases("moved", ["options"], load="two"))
-    return {key: outcome.result for key, outcome in outcomes.items()}
+    matrix.corpus(folder)
+    one = {case: (matrix.config_file(BASE, form), config_argv(changes)) for case, (form, changes, _) in CASES.items()}
+    two = {case: (config, flags + CASES[case][2]) for case, (config, flags) in one.items()}
+    outcomes = {"one": matrix.run_all(1, "one", one, folder), "two": matrix.run_all(2, "two", two, folder)}
+    outcomes["moved"] = matrix.run_all(1, "moved", {"options": one["options"]}, folder, load="two")
+    return {(case, name): found.result for name, cases in outcomes.items() for case, found in cases.items()}
 
 
 @pytest.fixture(scope="module")
