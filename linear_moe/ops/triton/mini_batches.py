@@ -15,13 +15,14 @@ from .launch import configure, kernel, launch
 
 
 def slot_table(B, T, cu_seqlens, offset, C, device):
-    """int32 [slots, 3]: a mini-batch's first row, its number of rows (0 for none), the sequence that it begins or -1.
+    """int32 [slots, 4]: a mini-batch's first row, its number of rows (0 for none), the sequence that it begins or -1,
+    and whether they complete it.
 
     cu_seqlens [N + 1] or None for B sequences of T rows each; offset [N] or None: rows of its first mini-batch that
     came before a sequence; C: rows of a mini-batch.
     """
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
-    table = torch.zeros(B * T // C + 2 * N, 3, dtype=torch.int32, device=device)
+    table = torch.zeros(B * T // C + 2 * N, 4, dtype=torch.int32, device=device)
     options = configure("slot_table", 0, 0, device)
     launch(_slot_table, (N,), cu_seqlens, offset, table, T, C=C, **options)
     return table
@@ -33,11 +34,12 @@ def _slot_table(cu_seqlens, offset, table, T, C: tl.constexpr, BN: tl.constexpr)
     first, length, past, count, slot = walk(cu_seqlens, offset, i_n, T, C)
     for i in range(0, count, BN):
         i_m = i + tl.arange(0, BN)
-        row, rows, _ = mini_batch_rows(i_m, first, length, past, C)
-        entry = table + 3 * (slot + i_m)
+        row, rows, complete = mini_batch_rows(i_m, first, length, past, C)
+        entry = table + 4 * (slot + i_m)
         tl.store(entry, row.to(tl.int32), mask=i_m < count)
         tl.store(entry + 1, rows, mask=i_m < count)
         tl.store(entry + 2, tl.where(i_m == 0, i_n, -1), mask=i_m < count)
+        tl.store(entry + 3, complete.to(tl.int32), mask=i_m < count)
 
 
 @triton.jit
@@ -67,7 +69,13 @@ def mini_batch_rows(i, first, length, past, C: tl.constexpr):
 @triton.jit
 def slot_rows(table, i_s):
     """First row (int64) and number of rows of a slot."""
-    return tl.load(table + 3 * i_s).to(tl.int64), tl.load(table + 3 * i_s + 1)
+    return tl.load(table + 4 * i_s).to(tl.int64), tl.load(table + 4 * i_s + 1)
+
+
+@triton.jit
+def slot_complete(table, i_s):
+    """Whether a slot's rows complete its mini-batch."""
+    return tl.load(table + 4 * i_s + 3) != 0
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from .launch import configure, launch, precision
 from .mini_batches import slot_table
 from .titans import titans_backward, titans_finish_back, titans_forward, titans_prepare
-from .ttt import ttt_acc_back, ttt_backward, ttt_finish_back, ttt_forward, ttt_prepare, ttt_prepare_back
+from .ttt import ttt_acc, ttt_acc_back, ttt_backward, ttt_finish_back, ttt_forward, ttt_prepare, ttt_prepare_back
 
 
 class _Problem:
@@ -59,6 +59,12 @@ class _TTT(torch.autograd.Function):
     def forward(ctx, q, k, v, eta, token_scale, weight, bias, initial, p, eps, return_state):
         operands, o = (q, k, v, eta, token_scale, weight, bias, initial), torch.empty_like(v)
         final = torch.zeros(p.N, p.H, 2, p.V + 1, p.V, device=p.device) if return_state else None
+        if initial is not None:
+            sizes = p.sizes("H", "V", "C", "BC", "PRECISION", "WIDE") | {"BV": block(p.V)}
+            launch(
+                ttt_acc, (p.N * p.H,), q, token_scale, initial, p.offset, o, p.cu_seqlens, p.scale, p.T, **sizes,
+                **p.configure("ttt_acc"),
+            )  # fmt: skip
         _ttt_walk(p, operands, _ttt_prepare(p, q, k, p.slots()), eps, o, None, None, final)
         ctx.save_for_backward(*operands)
         ctx.problem, ctx.eps = p, eps
@@ -74,6 +80,7 @@ class _TTT(torch.autograd.Function):
         P = _ttt_prepare(p, q, k, table)
         states, biases = p.empty(len(table), p.H, p.V, p.V, dtype=p.wide), p.empty(len(table), p.H, p.V)
         _ttt_walk(p, operands, P, ctx.eps, None, states, biases, None)
+        dstates, dbiases = torch.empty_like(states), torch.empty_like(biases)
         x, y, dk_part = (p.empty(p.tokens, p.H, p.V) for _ in range(3))
         pull, dz, du = (p.empty(p.tokens, p.H, p.V, dtype=p.wide) for _ in range(3))
         vectors, deta = p.empty(p.tokens, p.H, 3), torch.empty_like(eta)
@@ -89,17 +96,17 @@ class _TTT(torch.autograd.Function):
             dscale, p.scale, ctx.eps, **sizes, **p.sizes("WIDE"), **p.configure("ttt_prepare_back"),
         )  # fmt: skip
         launch(
-            ttt_backward, walks, q, k, eta, token_scale, weight, p.offset, x, y, vectors, pull, do, dfinal, dk_part,
-            dz, du, dscale, dinitial, p.cu_seqlens, p.scale, p.T, **more, **p.configure("ttt_backward"),
+            ttt_backward, walks, q, k, eta, token_scale, weight, p.offset, x, y, vectors, pull, do, dfinal, dz, du,
+            dstates, dbiases, dinitial, p.cu_seqlens, p.scale, p.T, **more, **p.configure("ttt_backward"),
         )  # fmt: skip
         launch(
-            ttt_finish_back, every, eta, weight, table, states, x, y, vectors, dz, du, dk_part, dk, dv, deta, dweight,
-            dbias, **sizes, **p.configure("ttt_finish_back"),
+            ttt_finish_back, every, k, eta, token_scale, weight, table, states, x, y, vectors, dz, du, dstates,
+            dbiases, dk_part, dk, dv, deta, dscale, dweight, dbias, **sizes, **p.configure("ttt_finish_back"),
         )  # fmt: skip
         if initial is not None:
             launch(
-                ttt_acc_back, walks, q, token_scale, initial, p.offset, do, dq, dscale, dinitial, p.cu_seqlens,
-                p.scale, p.T, **more, **p.configure("ttt_acc_back", BK=block(p.V)),
+                ttt_acc_back, walks, q, token_scale, initial, p.offset, do, dstates, dbiases, dq, dscale, dinitial,
+                p.cu_seqlens, p.scale, p.T, **more, **p.configure("ttt_acc_back", BK=block(p.V)),
             )  # fmt: skip
         dscale = None if token_scale is None else dscale.to(token_scale.dtype)
         dweight, dbias = dweight.sum(0).to(weight.dtype), dbias.sum(0).to(bias.dtype)

@@ -263,7 +263,7 @@ def titans_finish_back(
     row, rows = slot_rows(table, i_s)
     if rows <= 0:
         return
-    begins = tl.load(table + 3 * i_s + 2)
+    begins = tl.load(table + 4 * i_s + 2)
     i_k, i_t = tl.arange(0, BK), tl.arange(0, BC)
     end = i_t == BC - 1
     b_dq = tl.zeros([BK, BC], tl.float32)

@@ -15,6 +15,7 @@ from .mini_batches import (
     load_columns,
     load_rows,
     mini_batch_rows,
+    slot_complete,
     slot_rows,
     store_columns,
     store_rows,
@@ -71,6 +72,12 @@ def last_scale(token_scale, row, rows, i_h, H: tl.constexpr):
     return step
 
 
+@triton.jit
+def share_of_acc(token_scale, complete, row, rows, i_h, H: tl.constexpr):
+    """The factor of M in the gradient of acc."""
+    return tl.where(complete, -last_scale(token_scale, row, rows, i_h, H), 1)
+
+
 @kernel
 def ttt_prepare(
     q, k, table, P, scale, H: tl.constexpr, V: tl.constexpr, BC: tl.constexpr, BV: tl.constexpr,
@@ -89,13 +96,35 @@ def ttt_prepare(
 
 
 @kernel
+def ttt_acc(
+    q, token_scale, initial, offset, o, cu_seqlens, scale, T, H: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    BC: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Writes what A, a of a given state take part in, - s (scale q A + a), to a sequence's first mini-batch of o."""
+    i_nh = tl.program_id(0)
+    i_n, i_h = i_nh // H, i_nh % H
+    i_v = tl.arange(0, BV)
+    first, length, past, count, _slot = walk(cu_seqlens, offset, i_n, T, C)
+    if count == 0:
+        return
+    row, rows, _ = mini_batch_rows(0, first, length, past, C)
+    A, a = load_model(initial, 2 * i_nh + 1, i_v, V)
+    b_q = load_columns(q, row, rows, i_h, i_v, H, V, BC)
+    moved = scale * dot(A.to(WIDE), b_q.to(WIDE), PRECISION) + a[:, None]
+    if token_scale is not None:
+        moved *= load_rows(token_scale, row, rows, i_h, H, BC)[None, :]
+    store_columns(o, -moved, row, rows, i_h, i_v, H, V, BC)
+
+
+@kernel
 def ttt_forward(
     q, k, v, eta, token_scale, weight, bias, initial, offset, P, o, states, biases, final, cu_seqlens, scale, eps, T,
     H: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Writes o [tokens, H, V] and final [N, H, 2, V + 1, V] (or None; zeros before) or, where o is None, the memory
-    before every mini-batch: states [slots, H, V, V], transposed, and biases [slots, H, V]."""
+    """Writes o [tokens, H, V] (with a given state, ttt_acc has written its share) and final [N, H, 2, V + 1, V] (or
+    None; zeros before) or, where o is None, the memory before every mini-batch: states [slots, H, V, V], transposed,
+    and biases [slots, H, V]."""
     i_nh = tl.program_id(0)
     i_n, i_h = i_nh // H, i_nh % H
     i_v, i_t = tl.arange(0, BV), tl.arange(0, BC)
@@ -126,13 +155,13 @@ def ttt_forward(
             b_q = load_columns(q, row, rows, i_h, i_v, H, V, BC)
             b_o = scale * dot(b_W, b_q.to(WIDE), PRECISION) + b_b
             moved = dot(u.to(WIDE), load_columns(P, row, rows, i_h, i_t, H, BC, BC), PRECISION)
-            if initial is not None:
-                if i == 0:
-                    A, a = load_model(initial, 2 * i_nh + 1, i_v, V)
-                    moved += scale * dot(A.to(WIDE), b_q.to(WIDE), PRECISION) + a[:, None]
             if token_scale is not None:
                 moved *= load_rows(token_scale, row, rows, i_h, H, BC)[None, :]
-            store_columns(o, b_o - moved, row, rows, i_h, i_v, H, V, BC)
+            b_o -= moved
+            if initial is not None:
+                if i == 0:
+                    b_o += load_columns(o, row, rows, i_h, i_v, H, V, BC)
+            store_columns(o, b_o, row, rows, i_h, i_v, H, V, BC)
         if final is not None:
             if not complete:  # what is left in W is acc
                 store_model(final, W, b, 2 * i_nh, i_v, V)
@@ -206,12 +235,13 @@ def ttt_prepare_back(
 
 @kernel
 def ttt_backward(
-    q, k, eta, token_scale, weight, offset, x, y, vectors, pull, do, dfinal, dk, dz, du, dscale, dinitial, cu_seqlens,
-    scale, T, H: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BV: tl.constexpr,
+    q, k, eta, token_scale, weight, offset, x, y, vectors, pull, do, dfinal, dz, du, dstates, dbiases, dinitial,
+    cu_seqlens, scale, T, H: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Writes dz and du, the gradients of z and u, [tokens, H, V], and adds to dk and dscale (unless None). dinitial
-    (unless None) gets the gradient of W, and the M of the first mini-batch. dfinal may be None.
+    """Writes dz and du, the gradients of z and u, [tokens, H, V], and M: dstates [slots, H, V, V], transposed, and
+    dbiases [slots, H, V]. dinitial (unless None) gets the gradient of W, and of A where there are no tokens. dfinal
+    may be None.
 
     M is the gradient of the memory behind a mini-batch, and behind an unfinished last one that of acc.
     """
@@ -219,7 +249,7 @@ def ttt_backward(
     i_n, i_h = i_nh // H, i_nh % H
     i_v = tl.arange(0, BV)
     inside = i_v < V
-    first, length, past, count, _slot = walk(cu_seqlens, offset, i_n, T, C)
+    first, length, past, count, slot = walk(cu_seqlens, offset, i_n, T, C)
     b_weight = load_head(weight, i_h, i_v, V)
     M = tl.zeros([BV, BV], tl.float32)
     b_m = tl.zeros([BV], tl.float32)
@@ -232,38 +262,29 @@ def ttt_backward(
     for j in range(0, count):
         i = count - 1 - j
         row, rows, complete = mini_batch_rows(i, first, length, past, C)
-        factor = tl.where(complete, -last_scale(token_scale, row, rows, i_h, H), 1)  # of M in the gradient of acc
         # [1, BC]
         b_r = load_rows(vectors, row, rows, 3 * i_h, 3 * H, BC)[None, :]
-        e_mean = load_rows(vectors, row, rows, 3 * i_h + 1, 3 * H, BC)[None, :]
         e_x = load_rows(vectors, row, rows, 3 * i_h + 2, 3 * H, BC)[None, :]
         b_eta = load_rows(eta, row, rows, i_h, H, BC)[None, :]
         # [BV, BC]
         b_k = load_columns(k, row, rows, i_h, i_v, H, V, BC)
         b_x = load_columns(x, row, rows, i_h, i_v, H, V, BC)
         b_e = b_weight * load_columns(y, row, rows, i_h, i_v, H, V, BC)
-        grad = tl.where(inside[:, None], b_r * (b_e - e_mean - b_x * e_x), 0)
         b_M = M.to(WIDE)
-        along = dot(b_M, b_k.to(WIDE), PRECISION) + b_m[:, None]
-        if token_scale is not None:
-            if complete:
-                p_last = dscale + (row + rows - 1) * H + i_h
-                tl.store(p_last, tl.load(p_last) - tl.sum(along * (b_eta * grad)))
-        b_dk = load_columns(dk, row, rows, i_h, i_v, H, V, BC)
-        b_dk += factor * dot(tl.trans(b_M), (b_eta * grad).to(WIDE), PRECISION)
-        store_columns(dk, b_dk, row, rows, i_h, i_v, H, V, BC)
-        if dinitial is not None:
-            if i == 0:
-                store_model(dinitial, M, b_m, 2 * i_nh + 1, i_v, V)
+        i_s = (slot + i) * H + i_h
+        store_state(dstates, b_M, i_s, i_v, i_v, V, V)
+        tl.store(dbiases + i_s * V + i_v, b_m, mask=inside)
+        factor = share_of_acc(token_scale, complete, row, rows, i_h, H)
+        b_du = factor * (dot(b_M, b_k.to(WIDE), PRECISION) + b_m[:, None])
         if dfinal is not None:
             if not complete:
                 M, b_m = load_model(dfinal, 2 * i_nh, i_v, V)
-        b_du = factor * along - load_columns(pull, row, rows, i_h, i_v, H, V, BC)
+        b_du -= load_columns(pull, row, rows, i_h, i_v, H, V, BC)
         store_columns(du, b_du, row, rows, i_h, i_v, H, V, BC)
         # through the gradient of the loss, whose own gradient is eta du
         h = b_r * b_eta * b_du
-        h_grad = tl.sum(h * grad, 0)[None, :] / V
         de, h_x = project(b_x, h, inside, V)
+        h_grad = b_r * tl.sum(de * b_e, 0)[None, :] / V  # <h grad>: the projection is symmetric
         dx, _ = project(b_x, b_weight * b_weight * de - h * e_x - b_e * h_x, inside, V)
         b_dz = b_r * dx - b_x * h_grad
         store_columns(dz, b_dz, row, rows, i_h, i_v, H, V, BC)
@@ -278,11 +299,12 @@ def ttt_backward(
 
 @kernel
 def ttt_finish_back(
-    eta, weight, table, states, x, y, vectors, dz, du, dk_part, dk, dv, deta, dweight, dbias, H: tl.constexpr,
-    V: tl.constexpr, BC: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    k, eta, token_scale, weight, table, states, x, y, vectors, dz, du, dstates, dbiases, dk_part, dk, dv, deta,
+    dscale, dweight, dbias, H: tl.constexpr, V: tl.constexpr, BC: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What follows from dz and du, all mini-batches in parallel: dv and, with dk_part, dk [tokens, H, V], deta [tokens,
-    H], and dweight, dbias [slots, H, V], to be summed up (zeros before)."""
+    """What follows from dz, du and M, all mini-batches in parallel: dv and, with dk_part, dk [tokens, H, V], deta
+    [tokens, H], and dweight, dbias [slots, H, V], to be summed up (zeros before). Adds to dscale (unless None)."""
     i_s, i_h = tl.program_id(0) // H, tl.program_id(0) % H
     row, rows = slot_rows(table, i_s)
     if rows <= 0:
@@ -295,43 +317,56 @@ def ttt_finish_back(
     b_r = load_rows(vectors, row, rows, 3 * i_h, 3 * H, BC)[None, :]
     e_mean = load_rows(vectors, row, rows, 3 * i_h + 1, 3 * H, BC)[None, :]
     e_x = load_rows(vectors, row, rows, 3 * i_h + 2, 3 * H, BC)[None, :]
+    b_eta = load_rows(eta, row, rows, i_h, H, BC)[None, :]
     # [BV, BC]
     b_x = load_columns(x, row, rows, i_h, i_v, H, V, BC)
     b_y = load_columns(y, row, rows, i_h, i_v, H, V, BC)
     b_du = load_columns(du, row, rows, i_h, i_v, H, V, BC).to(tl.float32)
     grad = b_r * (b_weight * b_y - e_mean - b_x * e_x)
     store_rows(deta, tl.sum(b_du * grad, 0), row, rows, i_h, H, BC)
-    de, _ = project(b_x, load_rows(eta, row, rows, i_h, H, BC)[None, :] * b_r * b_du, inside, V)
+    de, _ = project(b_x, b_eta * b_r * b_du, inside, V)
     tl.store(dweight + i_s * V + i_v, tl.sum(de * (b_y + b_weight * b_x), 1), mask=inside)
     tl.store(dbias + i_s * V + i_v, tl.sum(b_weight * de, 1), mask=inside)
     de *= b_weight
     b_W = load_state(states, i_s, i_v, i_v, V, V)
     b_dk = load_columns(dk_part, row, rows, i_h, i_v, H, V, BC) + de
     b_dk += dot(tl.trans(b_W), load_columns(dz, row, rows, i_h, i_v, H, V, BC), PRECISION)
+    complete = slot_complete(table, i_s // H)
+    b_M = load_state(dstates, i_s, i_v, i_v, V, V)
+    pulled = dot(tl.trans(b_M), (b_eta * grad).to(b_M.dtype), PRECISION)
+    b_dk += share_of_acc(token_scale, complete, row, rows, i_h, H) * pulled
+    if token_scale is not None:
+        if complete:
+            b_m = tl.load(dbiases + i_s * V + i_v, mask=inside, other=0)[:, None]
+            along = tl.sum(pulled * load_columns(k, row, rows, i_h, i_v, H, V, BC) + b_m * (b_eta * grad))
+            p_last = dscale + (row + rows - 1) * H + i_h
+            tl.store(p_last, tl.load(p_last) - along)
     store_columns(dk, b_dk, row, rows, i_h, i_v, H, V, BC)
     store_columns(dv, -de, row, rows, i_h, i_v, H, V, BC)
 
 
 @kernel
 def ttt_acc_back(
-    q, token_scale, initial, offset, do, dq, dscale, dinitial, cu_seqlens, scale, T, H: tl.constexpr, V: tl.constexpr,
-    C: tl.constexpr, BC: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    q, token_scale, initial, offset, do, dstates, dbiases, dq, dscale, dinitial, cu_seqlens, scale, T,
+    H: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """What A, a of a given state take part in, a sequence's first mini-batch: adds to dq and dscale (unless None), and
-    replaces ttt_backward's M in dinitial by their gradient."""
+    writes their gradient to dinitial."""
     i_nh = tl.program_id(0)
     i_n, i_h = i_nh // H, i_nh % H
     i_v, i_t = tl.arange(0, BV), tl.arange(0, BC)
     inside = i_v < V
-    first, length, past, count, _slot = walk(cu_seqlens, offset, i_n, T, C)
+    first, length, past, count, slot = walk(cu_seqlens, offset, i_n, T, C)
     if count == 0:
         return
     row, rows, complete = mini_batch_rows(0, first, length, past, C)
-    factor = tl.where(complete, -last_scale(token_scale, row, rows, i_h, H), 1)
+    factor = share_of_acc(token_scale, complete, row, rows, i_h, H)
+    i_s = slot * H + i_h
     p_A = initial + tl.cast(2 * i_nh + 1, tl.int64) * (V + 1) * V
     p_dA = dinitial + tl.cast(2 * i_nh + 1, tl.int64) * (V + 1) * V
     b_a = tl.load(p_A + V * V + i_v, mask=inside, other=0).to(tl.float32)
-    b_m = tl.load(p_dA + V * V + i_v, mask=inside, other=0).to(tl.float32)
+    b_m = tl.load(dbiases + i_s * V + i_v, mask=inside, other=0)
     # [BC, BV]
     b_do = load_tile(do, row, rows, i_h, i_v, H, V, BC)
     b_ds = b_do.to(tl.float32)
@@ -346,7 +381,7 @@ def ttt_acc_back(
         b_q = load_tile(q, row, rows, i_h, i_k, H, V, BC)
         # [BK, BV]
         A = load_state(p_A, 0, i_k, i_v, V, V).to(tl.float32)
-        M = load_state(p_dA, 0, i_k, i_v, V, V).to(tl.float32)
+        M = tl.trans(load_state(dstates, i_s, i_v, i_k, V, V)).to(tl.float32)
         along += tl.sum(M * A, 0)
         moved += scale * dot(b_q.to(WIDE), A.to(WIDE), PRECISION)
         b_dq = load_tile(dq, row, rows, i_h, i_k, H, V, BC) - scale * dot(b_s, tl.trans(A.to(WIDE)), PRECISION)
