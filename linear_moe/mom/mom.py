@@ -16,8 +16,8 @@ class MoMConfig:
     """Options of Mixture-of-Memories (arXiv 2502.13685).
 
     Args:
-        memories: M. topk: k, memories that a token is routed to; with 1 the weight is always 1, so that the router learns
-            from the balance loss alone. shared: one more memory that sees every token.
+        memories: M. topk: k, memories that a token is routed to; with 1 the weight is always 1, and the router learns
+            from its own losses alone. shared: one more memory that sees every token.
         single_kv: the memories share one set of write projections.
         balance_coeff: weight of the balance loss (1 when balanced). z_loss_coeff: weight of the router z-loss.
     """
