@@ -40,7 +40,8 @@ def load(path, peer):
     try:
         return getattr(importlib.import_module(module), name)
     except ImportError as error:
-        raise ImportError(f"--peer {peer} needs it installed: pip install 'linear-moe[peers]' ({error})") from error
+        extra = "gpu-peers" if peer == "flash-qla" else "peers"
+        raise ImportError(f"--peer {peer} needs it installed: pip install 'linear-moe[{extra}]' ({error})") from error
 
 
 def heading(device="cuda"):
