@@ -73,6 +73,12 @@ def slot_rows(table, i_s):
 
 
 @triton.jit
+def slot_begins(table, i_s):
+    """The sequence that a slot begins, or -1."""
+    return tl.load(table + 4 * i_s + 2)
+
+
+@triton.jit
 def slot_complete(table, i_s):
     """Whether a slot's rows complete its mini-batch."""
     return tl.load(table + 4 * i_s + 3) != 0

@@ -16,6 +16,7 @@ from .mini_batches import (
     load_columns,
     load_rows,
     mini_batch_rows,
+    slot_begins,
     slot_rows,
     store_columns,
     store_rows,
@@ -263,7 +264,7 @@ def titans_finish_back(
     row, rows = slot_rows(table, i_s)
     if rows <= 0:
         return
-    begins = tl.load(table + 4 * i_s + 2)
+    begins = slot_begins(table, i_s)
     i_k, i_t = tl.arange(0, BK), tl.arange(0, BC)
     end = i_t == BC - 1
     b_dq = tl.zeros([BK, BC], tl.float32)
