@@ -11,11 +11,10 @@ NONE, CONSTANT, SCALAR, CHANNEL = (tl.constexpr(i) for i in range(4))
 
 @triton.jit
 def scalar_decay(g, first, rows, i_h, HV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr):
-    """Decay between tokens [C, C] (lower triangle, diagonal 1), from the start [C], to the end [C], and whole."""
+    """Decay between tokens [C, C] (symmetric), from the start [C], to the end [C], and whole."""
     i_t = tl.arange(0, C)
-    lower = i_t[:, None] >= i_t[None, :]
     if DECAY == NONE:
-        between, start, end = lower.to(tl.float32), tl.full([C], 1, tl.float32), tl.full([C], 1, tl.float32)
+        between, start, end = tl.full([C, C], 1, tl.float32), tl.full([C], 1, tl.float32), tl.full([C], 1, tl.float32)
         left = tl.full([], 1, tl.float32)
     else:
         if DECAY == CONSTANT:
@@ -28,8 +27,7 @@ def scalar_decay(g, first, rows, i_h, HV: tl.constexpr, C: tl.constexpr, DECAY: 
         whole = tl.sum(b_g, 0)
         high = running.to(tl.float32)
         low = (running - high.to(tl.float64)).to(tl.float32)
-        between = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
-        between = tl.exp(tl.where(lower, between, float("-inf")))
+        between = tl.exp(-tl.abs((high[:, None] - high[None, :]) + (low[:, None] - low[None, :])))
         start, end, left = tl.exp(high), tl.exp((whole - running).to(tl.float32)), tl.exp(whole.to(tl.float32))
     return between, start, end, left
 
@@ -58,8 +56,9 @@ def last_row(x):
 
 
 @triton.jit
-def level(C: tl.constexpr, h):
-    """[C, C]: the pairs of a block of 2h tokens whose row is in its second half and whose column is in its first."""
+def level(C: tl.constexpr, h, ROW: tl.constexpr = 1):
+    """[C, C]: the pairs of a block of 2h tokens whose row is in its second half and whose column is in its first, or
+    with ROW = 0 the reverse."""
     i_t = tl.arange(0, C)
     same = (i_t // (2 * h))[:, None] == (i_t // (2 * h))[None, :]
-    return same & (i_t // h % 2 == 1)[:, None] & (i_t // h % 2 == 0)[None, :]
+    return same & (i_t // h % 2 == ROW)[:, None] & (i_t // h % 2 == 1 - ROW)[None, :]

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from .chunks import Chunks, chunk_rows, sequence_rows
 from .decay import CHANNEL, last_row, widen_blocks
 from .launch import configure, kernel, launch, precision
+from .mini_batches import load_columns, store_columns
 from .prepare import dot, load_tile, solve, store_tile
 from .rules import block
 from .scan import load_state, store_state, whole_decay
@@ -95,10 +96,11 @@ def quarter(x, row: tl.constexpr, column: tl.constexpr):
 
 
 @triton.jit
-def pair_level(C: tl.constexpr, n):
-    """[2C, 2C]: in every quarter, decay.level(C, 2^n)."""
+def pair_level(C: tl.constexpr, n, ROW: tl.constexpr = 1):
+    """[2C, 2C]: in every quarter, decay.level(C, 2^n, ROW)."""
     half = tl.arange(0, 2 * C) % C >> n
-    return tl.where(half % 2 == 1, half, -1)[:, None] == (half + 1)[None, :]
+    second = tl.where(half % 2 == 1, half, -1)
+    return second[:, None] == (half + 1)[None, :] if ROW else second[None, :] == (half + 1)[:, None]
 
 
 @triton.jit
@@ -158,11 +160,13 @@ def prepare(
         store_tile(xw, b_w, first, rows, 2 * i_h + 1, i_d, 2 * H, K, C)
         b_x = load_tile(q, first, rows, i_h, i_d, H, K, C) * tl.exp(down) + dot(b_qb, b_w, PRECISION)
         store_tile(xw, b_x, first, rows, 2 * i_h, i_d, 2 * H, K, C)
-        end = tl.exp(tl.cumsum(load_decay(g, first + 1, rows - 1, i_h, i_d, H, K, C), 0, reverse=True))
-        b_b = (load_tile(b, first, rows, i_h, i_d, H, K, C) * end).to(dtype)
-        store_tile(zb, b_b, first, rows, 2 * i_h + 1, i_d, 2 * H, K, C)
-        b_z = load_tile(k, first, rows, i_h, i_d, H, K, C) * end + dot(tl.trans(b_Y), b_b, PRECISION)
-        store_tile(zb, b_z, first, rows, 2 * i_h, i_d, 2 * H, K, C)
+        # [BK, C]: upright, so that no product takes the transpose of another one (see gradients.py)
+        b_later = tl.maximum(load_columns(g, first + 1, rows - 1, i_h, i_d, H, K, C).to(tl.float32), -1e4)
+        end = tl.exp(tl.cumsum(b_later, 1, reverse=True))
+        b_b = (load_columns(b, first, rows, i_h, i_d, H, K, C) * end).to(dtype)
+        store_columns(zb, b_b, first, rows, 2 * i_h + 1, i_d, 2 * H, K, C)
+        b_z = load_columns(k, first, rows, i_h, i_d, H, K, C) * end + dot(b_b, b_Y, PRECISION)
+        store_columns(zb, b_z, first, rows, 2 * i_h, i_d, 2 * H, K, C)
         tl.store(whole + (tl.cast(i_c, tl.int64) * H + i_h) * K + i_d, tl.exp(tl.sum(b_g, 0)), mask=i_d < K)
 
 
@@ -279,7 +283,10 @@ def gradients(
     if rows <= 0:
         return
     i_k = i_kb * BK + tl.arange(0, BK)
+    i_r = tl.arange(0, 2 * C)
+    lower = (i_r % C)[:, None] >= (i_r % C)[None, :]
     dA = tl.zeros([2 * C, 2 * C], tl.float32)
+    transposed = tl.zeros([2 * C, 2 * C], tl.float32)
     d_read = tl.zeros([2 * C, BK], tl.float32)
     d_write = tl.zeros([2 * C, BK], tl.float32)
     da_first = tl.zeros([BK], tl.float32)
@@ -288,19 +295,21 @@ def gradients(
         i_v = i + tl.arange(0, BV)
         # [2C, BV]
         b_do = load_pair(do, du, first, rows, i_h, i_v, H, V, C, 1)
-        b_do = (tl.where(tl.arange(0, 2 * C) < C, scale, 1)[:, None] * b_do).to(b_do.dtype)
+        b_do = (tl.where(i_r < C, scale, 1)[:, None] * b_do).to(b_do.dtype)
         b_v = load_pair(v, u, first, rows, i_h, i_v, H, V, C, 0)
         # [BK, BV]
         b_S = load_state(states, i_c * H + i_h, i_k, i_v, K, V)
         b_dS = load_state(dstates, i_c * H + i_h, i_k, i_v, K, V)
         dA += dot(b_do, tl.trans(b_v), PRECISION)
+        transposed += dot(b_v, tl.trans(b_do), PRECISION)
         d_read += dot(b_do.to(WIDE), tl.trans(b_S), PRECISION)
         d_write += dot(b_v.to(WIDE), tl.trans(b_dS), PRECISION)
         # [BV]
         du_first = tl.load(du + (first * H + i_h) * V + i_v, mask=i_v < V, other=0).to(tl.float32)
         da_first += tl.sum(b_S.to(tl.float32) * du_first[None, :], 1)
         overlap += tl.sum(b_S.to(tl.float32) * b_dS.to(tl.float32), 1)
-    dA = dA.to(k.dtype.element_ty)
+    # in every quarter dA's lower triangle, and above it its transpose's
+    dA = tl.where(lower, dA, transposed).to(k.dtype.element_ty)
     # [2C, BK]
     b_q = load_pair(q, a, first, rows, i_h, i_k, H, K, C, 1)
     b_k = load_pair(k, b, first, rows, i_h, i_k, H, K, C, 0)
@@ -310,9 +319,8 @@ def gradients(
     writes = tl.zeros([2 * C, BK], tl.float32)
     for n in range(LEVELS):
         b_down, b_up = twice(tl.exp(down)), twice(tl.exp(up))
-        b_dA = tl.where(pair_level(C, n), dA, 0)
-        reads += b_down * dot(b_dA, (b_k * b_up).to(b_k.dtype), PRECISION)
-        writes += b_up * dot(tl.trans(b_dA), (b_q * b_down).to(b_k.dtype), PRECISION)
+        reads += b_down * dot(tl.where(pair_level(C, n), dA, 0), (b_k * b_up).to(b_k.dtype), PRECISION)
+        writes += b_up * dot(tl.where(pair_level(C, n, 0), dA, 0), (b_q * b_down).to(b_k.dtype), PRECISION)
         down, up = widen_blocks(down, up, 1 << n)
     reads += d_read * twice(tl.exp(down))
     d_write *= twice(tl.exp(up))
@@ -327,7 +335,10 @@ def gradients(
     reads += dot(itself, b_k, PRECISION)
     store_half(dq, reads, first, rows, i_h, i_k, H, K, C, 0)
     store_half(da, reads, first + 1, rows - 1, i_h, i_k, H, K, C, 1)
-    writes += d_write + dot(tl.trans(itself), b_q, PRECISION)
+    # of the diagonals, which are their own transposes, two change places
+    moved = tl.sum(tl.where(i_r[:, None] == i_r[None, :], 0, itself), 0)
+    itself = tl.where((i_r[:, None] != i_r[None, :]) & pair_diagonal(C), moved[:, None], itself)
+    writes += d_write + dot(itself, b_q, PRECISION)
     store_half(dk, writes, first, rows, i_h, i_k, H, K, C, 0)
     store_half(db, writes, first, rows, i_h, i_k, H, K, C, 1)
 

@@ -5,6 +5,10 @@ scan.py, dA = do v'^T and dM = -dz v'^T (strict triangle); d(q e^G) = do S^T, d(
 d(k e^G) = -dz S^T. A log decay g_l takes part in every decay that spans it: of pairs i >= l > j, of the way from the
 start to i >= l and of the way from i < l to the end. What no decay touches (a token with itself, the last token and the
 end) stays out of the sums, so that what a strong decay has made small is not lost beside large terms that cancel.
+
+Triton 3.4 to 3.7 compiles a product with the transpose of another one, held in registers, wrongly for sm_90. dk sums
+over the columns of dA and dM: so either dk itself is upright, [BK, C], or the transposes are products of their own, in
+the upper triangles of the same tiles.
 """
 
 import triton
@@ -13,8 +17,21 @@ import triton.language as tl
 from .chunks import chunk_rows
 from .decay import CHANNEL, CONSTANT, last_row, level, scalar_decay, widen_blocks
 from .launch import kernel
+from .mini_batches import store_columns
 from .prepare import dot, load_tile, store_tile
 from .scan import load_state
+
+
+@triton.jit
+def outer(a, b, UPRIGHT: tl.constexpr, PRECISION: tl.constexpr):
+    """a b^T, or its transpose."""
+    return dot(b, tl.trans(a), PRECISION) if UPRIGHT else dot(a, tl.trans(b), PRECISION)
+
+
+@triton.jit
+def mirrored(a, b, lower, PRECISION: tl.constexpr):
+    """a b^T in the lower triangle, and the transpose of that in the upper one."""
+    return tl.where(lower, dot(a, tl.trans(b), PRECISION), dot(b, tl.trans(a), PRECISION))
 
 
 @kernel
@@ -35,11 +52,13 @@ def key_gradients(
         return
     i_t = tl.arange(0, C)
     i_k = i_kb * BK + tl.arange(0, BK)
+    lower, strict = i_t[:, None] >= i_t[None, :], i_t[:, None] > i_t[None, :]
+    UPRIGHT: tl.constexpr = DECAY != CHANNEL
     dA = tl.zeros([C, C], tl.float32)
     dM = tl.zeros([C, C], tl.float32)
     dq_start = tl.zeros([C, BK], tl.float32)
-    dk_start = tl.zeros([C, BK], tl.float32)
-    dk_end = tl.zeros([C, BK], tl.float32)
+    dk_start = tl.zeros([BK, C] if UPRIGHT else [C, BK], tl.float32)
+    dk_end = tl.zeros([BK, C] if UPRIGHT else [C, BK], tl.float32)
     overlap = tl.zeros([BK], tl.float32)
     if DELTA:
         b_beta = tl.load(beta + (first + i_t) * HV + i_h, mask=i_t < rows, other=0).to(tl.float32)[:, None]
@@ -55,20 +74,22 @@ def key_gradients(
         if DELTA:
             b_dz = load_tile(dz, first, rows, i_h, i_v, HV, V, C)
             b_v = (b_beta * load_tile(r, first, rows, i_h, i_v, HV, V, C)).to(b_do.dtype)
-            dM -= dot(b_dz, tl.trans(b_v), PRECISION)
-            dk_start -= dot(b_dz.to(WIDE), tl.trans(b_S), PRECISION)
+            dM -= mirrored(b_dz, b_v, lower, PRECISION)
+            dk_start -= outer(b_dz.to(WIDE), b_S, UPRIGHT, PRECISION)
         else:
             b_v = load_tile(v, first, rows, i_h, i_v, HV, V, C)
-        dA += dot(b_do, tl.trans(b_v), PRECISION)
+        if dk is None or UPRIGHT:
+            dA += dot(b_do, tl.trans(b_v), PRECISION)
+        else:
+            dA += mirrored(b_do, b_v, lower, PRECISION)
         dq_start += dot(b_do.to(WIDE), tl.trans(b_S), PRECISION)
         if dk is not None:
-            dk_end += dot(b_v.to(WIDE), tl.trans(b_dS), PRECISION)
+            dk_end += outer(b_v.to(WIDE), b_dS, UPRIGHT, PRECISION)
         if dg is not None:
             overlap += tl.sum(b_S.to(tl.float32) * b_dS.to(tl.float32), 1)
     # [C, BK]
     b_q = load_tile(q, first, rows, i_h // (HV // H), i_k, H, K, C)
     b_k = load_tile(k, first, rows, i_h // (HV // H), i_k, H, K, C)
-    lower, strict = i_t[:, None] >= i_t[None, :], i_t[:, None] > i_t[None, :]
     if DECAY == CHANNEL:
         b_g = tl.maximum(load_tile(g, first, rows, i_h, i_k, HV, K, C).to(tl.float32), -1e4)
         channel_gradients(
@@ -78,16 +99,16 @@ def key_gradients(
     else:
         between, from_start, to_end, whole = scalar_decay(g, first, rows, i_h, HV, C, DECAY)
         dA = tl.where(lower, dA * between, 0)
-        dM = tl.where(strict, dM * between, 0)
+        dM = tl.where(lower & ~strict, 0, dM * between)
         if dg is not None:
             pairs = dA * dot(b_q, tl.trans(b_k), PRECISION)
             starts = tl.sum(dq_start * b_q, 1) * from_start
             if DELTA:
                 pairs += dM * dot(b_k, tl.trans(b_k), PRECISION)
-                starts += tl.sum(dk_start * b_k, 1) * from_start
+                starts += tl.sum(dk_start * tl.trans(b_k), 0) * from_start
             pairs = tl.where(strict, pairs, 0)
             starts += tl.sum(pairs, 1) - tl.sum(pairs, 0)
-            ends = tl.sum(dk_end * b_k, 1) * to_end
+            ends = tl.sum(dk_end * tl.trans(b_k), 0) * to_end
             b_dg = tl.sum(tl.where(lower, starts[:, None], ends[:, None]), 0) + whole * tl.sum(overlap)
             if DECAY == CONSTANT:
                 b_dg = tl.sum(tl.where(i_t < rows, b_dg, 0))
@@ -95,15 +116,15 @@ def key_gradients(
             else:
                 tl.store(dg + ((first + i_t) * HV + i_h) * NK + i_kb, b_dg, mask=i_t < rows)
         b_dA = dA.to(b_k.dtype)
-        b_dq = dq_start * from_start[:, None] + dot(b_dA, b_k, PRECISION)
-        b_dk = dk_end * to_end[:, None] + dot(tl.trans(b_dA), b_q, PRECISION)
-        if DELTA:
-            b_dM = (dM + tl.trans(dM)).to(b_k.dtype)
-            b_dk += dk_start * from_start[:, None] + dot(b_dM, b_k, PRECISION)
         if dq is not None:
+            b_dq = dq_start * from_start[:, None] + dot(b_dA, b_k, PRECISION)
             store_tile(dq, b_dq, first, rows, i_h, i_k, HV, K, C)
         if dk is not None:
-            store_tile(dk, b_dk, first, rows, i_h, i_k, HV, K, C)
+            # [BK, C]
+            b_dk = dk_end * to_end[None, :] + dot(tl.trans(b_q), b_dA, PRECISION)
+            if DELTA:
+                b_dk += dk_start * from_start[None, :] + dot(tl.trans(b_k), dM.to(b_k.dtype), PRECISION)
+            store_columns(dk, b_dk, first, rows, i_h, i_k, HV, K, C)
 
 
 @triton.jit
@@ -111,7 +132,7 @@ def channel_gradients(
     b_q, b_k, b_g, dA, dM, dq_start, dk_start, dk_end, overlap, dq, dk, dg, first, rows, i_h, i_k, HV: tl.constexpr,
     K: tl.constexpr, LEVELS: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The way back through the levels of prepare_channels."""
+    """The way back through the levels of prepare_channels. dA and dM hold their transposes too."""
     C: tl.constexpr = b_q.shape[0]
     BK: tl.constexpr = b_q.shape[1]
     i_t = tl.arange(0, C)
@@ -125,14 +146,13 @@ def channel_gradients(
         pairs = level(C, 1 << n)
         b_down, b_up = tl.exp(down), tl.exp(up)
         right = (b_k * b_up).to(b_k.dtype)
-        b_dA = tl.where(pairs, dA, 0)
-        b_dq += b_down * dot(b_dA, right, PRECISION)
+        b_dq += b_down * dot(tl.where(pairs, dA, 0), right, PRECISION)
         if dk is not None:
-            columns = dot(tl.trans(b_dA), (b_q * b_down).to(b_k.dtype), PRECISION)
+            across = level(C, 1 << n, 0)
+            columns = dot(tl.where(across, dA, 0), (b_q * b_down).to(b_k.dtype), PRECISION)
             if DELTA:
-                b_dM = tl.where(pairs, dM, 0)
-                rows_dk += b_down * dot(b_dM, right, PRECISION)
-                columns += dot(tl.trans(b_dM), (b_k * b_down).to(b_k.dtype), PRECISION)
+                rows_dk += b_down * dot(tl.where(pairs, dM, 0), right, PRECISION)
+                columns += dot(tl.where(across, dM, 0), (b_k * b_down).to(b_k.dtype), PRECISION)
             columns_dk += b_up * columns
         down, up = widen_blocks(down, up, 1 << n)
     b_down, b_up = tl.exp(down), tl.exp(up)

@@ -73,7 +73,8 @@ def prepare_heads(
     b_q = load_tile(q, first, rows, i_h // (HV // H), tl.arange(0, BK), H, K, C)
     b_k = load_tile(k, first, rows, i_h // (HV // H), tl.arange(0, BK), H, K, C)
     between, b_start, b_end, b_whole = scalar_decay(g, first, rows, i_h, HV, C, DECAY)
-    store_tile(A, dot(b_q, tl.trans(b_k), PRECISION) * between, first, rows, i_h, i_t, HV, C, C)
+    b_A = tl.where(i_t[:, None] >= i_t[None, :], dot(b_q, tl.trans(b_k), PRECISION) * between, 0)
+    store_tile(A, b_A, first, rows, i_h, i_t, HV, C, C)
     if DECAY != NONE:
         i_r = (first + i_t) * HV + i_h
         tl.store(from_start + i_r, b_start, mask=i_t < rows)

@@ -31,6 +31,20 @@ def store_state(p, x, i, i_k, i_v, K: tl.constexpr, V: tl.constexpr):
 
 
 @triton.jit
+def load_transposed(p, i, i_k, i_v, K: tl.constexpr, V: tl.constexpr):
+    """load_state's transpose, [len(i_v), len(i_k)]."""
+    p_s = p + tl.cast(i, tl.int64) * K * V + i_k[None, :] * V + i_v[:, None]
+    return tl.load(p_s, mask=(i_k < K)[None, :] & (i_v < V)[:, None], other=0)
+
+
+@triton.jit
+def store_transposed(p, x, i, i_k, i_v, K: tl.constexpr, V: tl.constexpr):
+    """x [len(i_v), len(i_k)], where store_state has its transpose."""
+    p_s = p + tl.cast(i, tl.int64) * K * V + i_k[None, :] * V + i_v[:, None]
+    tl.store(p_s, x, mask=(i_k < K)[None, :] & (i_v < V)[:, None])
+
+
+@triton.jit
 def row_decay(p, first, rows, i_h, HV: tl.constexpr, C: tl.constexpr):
     """[C, 1]: the decay of every row that is still to be applied; with a decay a channel the operands have theirs."""
     i_t = tl.arange(0, C)

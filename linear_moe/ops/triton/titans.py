@@ -5,6 +5,8 @@ last one; so it is never carried in registers.
 Legend, one mini-batch: r = k S_0 - v, u = -theta r; keep, momentum the lower triangles of e^(G_t - G_i) and
 e^(M_t - M_i): c = keep momentum are the coefficients of the writes k_j u_j^T in S_t, and f = keep e^M those of Z;
 o = scale (e^G q S + f q Z + (c q k^T) u). Tiles [channels, tokens] and [tokens, tokens] are the transposes of these.
+No product takes the transpose of another one (see gradients.py), so the walk forward holds S and Z transposed, and on
+the way back what is added to their gradients is not.
 """
 
 import triton
@@ -23,7 +25,7 @@ from .mini_batches import (
     walk,
 )
 from .prepare import dot, load_tile, store_tile
-from .scan import load_state, store_state
+from .scan import load_state, load_transposed, store_state, store_transposed
 
 
 @triton.jit
@@ -40,7 +42,9 @@ def decays(g, m, row, rows, i_h, H: tl.constexpr, BC: tl.constexpr):
     """
     keep, keep_start, _, _ = scalar_decay(g, row, rows, i_h, H, BC, SCALAR)
     momentum, momentum_start, momentum_end, _ = scalar_decay(m, row, rows, i_h, H, BC, SCALAR)
-    keep = tl.where((tl.arange(0, BC) < rows)[None, :], keep, 0)
+    i_t = tl.arange(0, BC)
+    lower = i_t[:, None] >= i_t[None, :]
+    keep, momentum = tl.where(lower & (i_t < rows)[None, :], keep, 0), tl.where(lower, momentum, 0)
     return keep, keep_start, momentum, momentum_start, momentum_end
 
 
@@ -87,11 +91,11 @@ def titans_forward(
     i_n, i_h = i_nh // H, i_nh % H
     i_k, i_t = tl.arange(0, BK), tl.arange(0, BC)
     first, length, past, count, slot = walk(cu_seqlens, offset, i_n, T, C)
-    S = tl.zeros([BK, BV], tl.float32)
-    Z = tl.zeros([BK, BV], tl.float32)
+    S = tl.zeros([BV, BK], tl.float32)
+    Z = tl.zeros([BV, BK], tl.float32)
     if initial is not None:
-        S = load_state(initial, 3 * i_nh + 1, i_k, i_v, K, V).to(tl.float32)
-        Z = load_state(initial, 3 * i_nh + 2, i_k, i_v, K, V).to(tl.float32)
+        S = load_transposed(initial, 3 * i_nh + 1, i_k, i_v, K, V).to(tl.float32)
+        Z = load_transposed(initial, 3 * i_nh + 2, i_k, i_v, K, V).to(tl.float32)
     for i in range(0, count):
         row, rows, complete = mini_batch_rows(i, first, length, past, C)
         i_s = (slot + i) * H + i_h
@@ -104,41 +108,41 @@ def titans_forward(
         b_S0 = b_S
         if initial is not None:
             if i == 0:
-                b_S0 = load_state(initial, 3 * i_nh, i_k, i_v, K, V).to(WIDE)
-        b_r = dot(tl.trans(b_S0), b_k.to(WIDE), PRECISION) - b_v
+                b_S0 = load_transposed(initial, 3 * i_nh, i_k, i_v, K, V).to(WIDE)
+        b_r = dot(b_S0, b_k.to(WIDE), PRECISION) - b_v
         u = -load_rows(theta, row, rows, i_h, H, BC)[None, :] * b_r
         if o is None:
-            store_state(S_states, b_S, i_s, i_k, i_v, K, V)
-            store_state(Z_states, b_Z, i_s, i_k, i_v, K, V)
+            store_transposed(S_states, b_S, i_s, i_k, i_v, K, V)
+            store_transposed(Z_states, b_Z, i_s, i_k, i_v, K, V)
             store_columns(r, b_r, row, rows, i_h, i_v, H, V, BC)
         else:
             b_q = load_columns(q, row, rows, i_h, i_k, H, K, BC)
             b_o = dot(u.to(WIDE), load_columns(A, row, rows, i_h, i_t, H, BC, BC), PRECISION)
             b_start = load_rows(vectors, row, rows, 4 * i_h, 4 * H, BC)[None, :]
             b_f = load_rows(vectors, row, rows, 4 * i_h + 1, 4 * H, BC)[None, :]
-            b_o += b_start * dot(tl.trans(b_S), b_q.to(WIDE), PRECISION)
-            b_o += b_f * dot(tl.trans(b_Z), b_q.to(WIDE), PRECISION)
+            b_o += b_start * dot(b_S, b_q.to(WIDE), PRECISION)
+            b_o += b_f * dot(b_Z, b_q.to(WIDE), PRECISION)
             store_columns(o, scale * b_o, row, rows, i_h, i_v, H, V, BC)
         if final is not None:
             if not complete:
                 S0 = S
                 if initial is not None:
                     if i == 0:
-                        S0 = load_state(initial, 3 * i_nh, i_k, i_v, K, V).to(tl.float32)
-                store_state(final, S0, 3 * i_nh, i_k, i_v, K, V)
+                        S0 = load_transposed(initial, 3 * i_nh, i_k, i_v, K, V).to(tl.float32)
+                store_transposed(final, S0, 3 * i_nh, i_k, i_v, K, V)
         c_end = load_rows(vectors, row, rows, 4 * i_h + 2, 4 * H, BC)[None, :]
         b_end = load_rows(vectors, row, rows, 4 * i_h + 3, 4 * H, BC)[None, :]
         S = tl.load(ends + 3 * i_s) * S + tl.load(ends + 3 * i_s + 1) * Z
-        S += dot(b_k.to(WIDE), tl.trans(c_end * u).to(WIDE), PRECISION)
-        Z = tl.load(ends + 3 * i_s + 2) * Z + dot(b_k.to(WIDE), tl.trans(b_end * u).to(WIDE), PRECISION)
+        S += dot((c_end * u).to(WIDE), tl.trans(b_k).to(WIDE), PRECISION)
+        Z = tl.load(ends + 3 * i_s + 2) * Z + dot((b_end * u).to(WIDE), tl.trans(b_k).to(WIDE), PRECISION)
     if final is not None:
-        store_state(final, S, 3 * i_nh + 1, i_k, i_v, K, V)
-        store_state(final, Z, 3 * i_nh + 2, i_k, i_v, K, V)
+        store_transposed(final, S, 3 * i_nh + 1, i_k, i_v, K, V)
+        store_transposed(final, Z, 3 * i_nh + 2, i_k, i_v, K, V)
         if count == 0:
             if initial is not None:
                 store_state(final, load_state(initial, 3 * i_nh, i_k, i_v, K, V), 3 * i_nh, i_k, i_v, K, V)
         elif count * C == length + past:
-            store_state(final, S, 3 * i_nh, i_k, i_v, K, V)
+            store_transposed(final, S, 3 * i_nh, i_k, i_v, K, V)
 
 
 @kernel
@@ -168,66 +172,67 @@ def titans_backward(
         i = count - 1 - j
         row, rows, complete = mini_batch_rows(i, first, length, past, C)
         i_s = (slot + i) * H + i_h
-        # [1, BC]
-        b_start = load_rows(vectors, row, rows, 4 * i_h, 4 * H, BC)[None, :]
-        b_f = load_rows(vectors, row, rows, 4 * i_h + 1, 4 * H, BC)[None, :]
-        c_end = load_rows(vectors, row, rows, 4 * i_h + 2, 4 * H, BC)[None, :]
-        b_end = load_rows(vectors, row, rows, 4 * i_h + 3, 4 * H, BC)[None, :]
-        b_theta = load_rows(theta, row, rows, i_h, H, BC)[None, :]
+        # [BC]
+        b_start = load_rows(vectors, row, rows, 4 * i_h, 4 * H, BC)
+        b_f = load_rows(vectors, row, rows, 4 * i_h + 1, 4 * H, BC)
+        c_end = load_rows(vectors, row, rows, 4 * i_h + 2, 4 * H, BC)
+        b_end = load_rows(vectors, row, rows, 4 * i_h + 3, 4 * H, BC)
+        b_theta = load_rows(theta, row, rows, i_h, H, BC)
         # [BK, BC]
         b_q = load_columns(q, row, rows, i_h, i_k, H, K, BC)
         b_k = load_columns(k, row, rows, i_h, i_k, H, K, BC)
-        # [BV, BC]
-        b_do = load_columns(do, row, rows, i_h, i_v, H, V, BC)
+        # [BC, BV]
+        b_do = load_tile(do, row, rows, i_h, i_v, H, V, BC)
         b_do = (scale * b_do).to(b_do.dtype).to(WIDE)
+        b_r = load_tile(r, row, rows, i_h, i_v, H, V, BC)
+        b_u = (-b_theta[:, None] * b_r).to(WIDE)
         # [BK, BV]
         b_S = load_state(S_states, i_s, i_k, i_v, K, V)
-        b_r = load_columns(r, row, rows, i_h, i_v, H, V, BC)
-        b_u = (-b_theta * b_r).to(WIDE)
         # through S and Z: read by queries, and by what follows
         p_end = dends + 3 * ((slot + i) * H * NV + i_hv)
         tl.store(p_end, tl.sum(dS * b_S))
         b_dS = dS.to(WIDE)
-        along = dot(tl.trans(b_dS), b_k.to(WIDE), PRECISION)
-        store_rows(dvectors, -tl.sum(b_theta * b_r * along, 0), row, rows, 5 * i_hv + 2, 5 * H * NV, BC)
-        du = c_end * along
-        b_dk = c_end * dot(b_dS, b_u, PRECISION)
-        back = dot(b_S, b_do, PRECISION)
+        along = dot(tl.trans(b_k).to(WIDE), b_dS, PRECISION)
+        store_rows(dvectors, -b_theta * tl.sum(b_r * along, 1), row, rows, 5 * i_hv + 2, 5 * H * NV, BC)
+        du = c_end[:, None] * along
+        b_dk = c_end[None, :] * dot(b_dS, tl.trans(b_u), PRECISION)
+        back = dot(b_S, tl.trans(b_do), PRECISION)
         store_rows(dvectors, tl.sum(back * b_q, 0), row, rows, 5 * i_hv, 5 * H * NV, BC)
-        b_dq = b_start * back
+        b_dq = b_start[None, :] * back
         b_Z = load_state(Z_states, i_s, i_k, i_v, K, V)
         tl.store(p_end + 1, tl.sum(dS * b_Z))
         tl.store(p_end + 2, tl.sum(dZ * b_Z))
         b_dZ = dZ.to(WIDE)
-        along = dot(tl.trans(b_dZ), b_k.to(WIDE), PRECISION)
-        store_rows(dvectors, -tl.sum(b_theta * b_r * along, 0), row, rows, 5 * i_hv + 3, 5 * H * NV, BC)
-        du += b_end * along
-        b_dk += b_end * dot(b_dZ, b_u, PRECISION)
-        back = dot(b_Z, b_do, PRECISION)
+        along = dot(tl.trans(b_k).to(WIDE), b_dZ, PRECISION)
+        store_rows(dvectors, -b_theta * tl.sum(b_r * along, 1), row, rows, 5 * i_hv + 3, 5 * H * NV, BC)
+        du += b_end[:, None] * along
+        b_dk += b_end[None, :] * dot(b_dZ, tl.trans(b_u), PRECISION)
+        back = dot(b_Z, tl.trans(b_do), PRECISION)
         store_rows(dvectors, tl.sum(back * b_q, 0), row, rows, 5 * i_hv + 1, 5 * H * NV, BC)
-        b_dq += b_f * back
+        b_dq += b_f[None, :] * back
         # inside the mini-batch
-        pairs = tl.where(causal, dot(tl.trans(b_u), b_do, PRECISION), 0)
-        store_columns(dA, pairs, row, rows, i_hv, i_t, H * NV, BC, BC)
-        b_dA = (pairs * load_columns(c, row, rows, i_h, i_t, H, BC, BC)).to(b_k.dtype)
-        b_dq += dot(b_k, b_dA, PRECISION)
+        b_dA = dot(b_u, tl.trans(b_do), PRECISION) * load_columns(c, row, rows, i_h, i_t, H, BC, BC)
+        b_dq += dot(b_k, tl.where(causal, b_dA, 0).to(b_k.dtype), PRECISION)
         store_columns(dq, b_dq, row, rows, i_hv, i_k, H * NV, K, BC)
-        du += dot(b_do, load_tile(A, row, rows, i_h, i_t, H, BC, BC), PRECISION)
-        store_rows(dvectors, -tl.sum(b_r * du, 0), row, rows, 5 * i_hv + 4, 5 * H * NV, BC)
-        b_dv = b_theta * du
-        store_columns(dv, b_dv, row, rows, i_h, i_v, H, V, BC)
-        b_dk += dot(b_q, tl.trans(b_dA), PRECISION)
+        du += dot(load_columns(A, row, rows, i_h, i_t, H, BC, BC), b_do, PRECISION)
+        store_rows(dvectors, -tl.sum(b_r * du, 1), row, rows, 5 * i_hv + 4, 5 * H * NV, BC)
+        b_dv = b_theta[:, None] * du
+        store_tile(dv, b_dv, row, rows, i_h, i_v, H, V, BC)
+        pairs = tl.where(i_t[:, None] >= i_t[None, :], dot(b_do, tl.trans(b_u), PRECISION), 0)
+        store_tile(dA, pairs, row, rows, i_hv, i_t, H * NV, BC, BC)
+        b_dA = (pairs * load_tile(c, row, rows, i_h, i_t, H, BC, BC)).to(b_k.dtype)
+        b_dk += dot(b_q, b_dA, PRECISION)
         store_columns(dk, b_dk, row, rows, i_hv, i_k, H * NV, K, BC)
         # of S and Z before the mini-batch
         dZ = tl.load(ends + 3 * i_s + 2) * dZ + tl.load(ends + 3 * i_s + 1) * dS
-        dZ += dot(b_q.to(WIDE), tl.trans(b_f * b_do).to(WIDE), PRECISION)
+        dZ += dot(b_q.to(WIDE), (b_f[:, None] * b_do).to(WIDE), PRECISION)
         dS = tl.load(ends + 3 * i_s) * dS
-        dS += dot(b_q.to(WIDE), tl.trans(b_start * b_do).to(WIDE), PRECISION)
+        dS += dot(b_q.to(WIDE), (b_start[:, None] * b_do).to(WIDE), PRECISION)
         if dinitial is not None:
             if i == 0:  # S_0 is apart: what is left in dS is its gradient
                 store_state(dinitial, dS, 3 * i_nh + 1, i_k, i_v, K, V)
                 dS = tl.zeros([BK, BV], tl.float32)
-        dS -= dot(b_k.to(WIDE), tl.trans(b_dv).to(WIDE), PRECISION)
+        dS -= dot(b_k.to(WIDE), b_dv.to(WIDE), PRECISION)
         if dfinal is not None:
             if not complete:
                 dS += load_state(dfinal, 3 * i_nh, i_k, i_v, K, V)
