@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
 
 from linear_moe import ops
 from linear_moe.ops import backend
@@ -44,6 +45,39 @@ def test_without_triton(monkeypatch):
     monkeypatch.setattr(backend, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="the package triton is not installed"):
         backend.choose_backend("op", "triton", on_gpu())
+
+
+@pytest.mark.parametrize("version", ("3.4.0", "3.6.0", "3.7.1", "3.7.0+git1234"))
+def test_hopper_refuses_a_triton_that_compiles_wrong_code(monkeypatch, version):
+    backend.check_compiler.cache_clear()
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
+    monkeypatch.delenv(backend.UNSAFE, raising=False)
+    for name in ("auto", "triton"):
+        with pytest.raises(ValueError, match=re.escape(f"Triton {version} compiles wrong code for Hopper")) as error:
+            backend.choose_backend("op", name, on_gpu())
+    assert all(word in str(error.value) for word in ("triton>=3.8", "torch 2.11", "backend='torch'", backend.UNSAFE))
+    assert "\n" not in str(error.value)
+    assert backend.choose_backend("op", "torch", on_gpu()) == "torch"
+
+
+@pytest.mark.parametrize(
+    "version, capability, allowed", [("3.8.0", (9, 0), ""), ("3.6.0", (8, 0), ""), ("3.6.0", (9, 0), "1")]
+)
+def test_others_run(monkeypatch, version, capability, allowed):
+    backend.check_compiler.cache_clear()
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
+    monkeypatch.setenv(backend.UNSAFE, allowed)
+    assert backend.choose_backend("op", "auto", on_gpu()) == "triton"
+
+
+@pytest.fixture(autouse=True)
+def forget_the_compiler():
+    yield
+    backend.check_compiler.cache_clear()
 
 
 def test_kernels_on_the_cpu_want_the_interpreter(monkeypatch):
