@@ -67,6 +67,19 @@ def large(x, y, T, S, D: tl.constexpr):
         b_y = tl.dot(b_x, b_x, b_y)
     tl.store(y + i[:, None] * D + i[None, :] + S, b_y)
 
+@kernel
+def turned(x, y, T, D: tl.constexpr):
+    i = tl.arange(0, D)
+    p = i[:, None] * D + i[None, :]
+    b_x = tl.load(x + p)
+    b_z = tl.zeros((D, D), tl.float32)
+    for j in range(0, T):
+        b_y = tl.dot(b_x, tl.trans(b_x))  # of what is loaded
+        if j > 1:
+            b_y = tl.where(i[:, None] > j, 2 * b_y, 0)
+        b_z += tl.dot(tl.trans(b_y.to(b_x.dtype)), b_x)
+    tl.store(y + p, b_z)
+
 class Dies(Build):
     def compile(self):
         os.abort()
@@ -78,7 +91,9 @@ class Hangs(Build):
 
 x, y = (torch.empty(64, 256, 256, device="meta", dtype=d) for d in (torch.bfloat16, torch.float32))
 launches = [(wrong, (1,), (x, 1), {}), (large, (1,), (x, y, 1, 1), {"D": 256, "num_warps": 4, "num_stages": 3})]
+launches.append((turned, (1,), (x, y, 1), {"D": 64}))
 builds = [Build(launches[0], "sm_80"), Build(launches[1], "sm_80"), Dies(launches[0], "sm_90")]
+builds.append(Build(launches[2], "sm_90"))
 late = Hangs(launches[0], "sm_90")
 binaries = compile_all(builds) + compile_all([late], timeout=1)
 for build, binary in zip([*builds, late], binaries):
@@ -86,13 +101,42 @@ for build, binary in zip([*builds, late], binaries):
     print(" | ".join(problems(build, binary)))
 """
 
+NOT_IN_QUICK = """
+from linear_moe.ops.triton.binary import Build
+from linear_moe.ops.triton.dataflow import transposed_products
+from linear_moe.ops.triton.report import parts, record
+from linear_moe.ops.triton.workload import CASES, Shape, title
+
+builds = {}
+for case in CASES:
+    if case.name not in parts(quick=True)[0].cases:
+        for recorded in record(case, Shape(64, 64), "sm_90"):
+            build = Build(recorded, "sm_90")
+            builds[build.source.hash()] = build
+for build in builds.values():
+    print(title(build.kernel), *transposed_products(build.ttir()))
+"""
+
 
 def test_problems_are_found_and_cost_one_row_each(tmp_path):
     script = tmp_path / "bad.py"
     script.write_text(BAD)
     done = run(str(script))
-    wrong, large, dies, hangs = done.stdout.strip().splitlines()
+    wrong, large, dies, transposed, hangs = done.stdout.strip().splitlines()
     assert "does not compile" in wrong and "nothing" in wrong
     assert "bytes a thread" in large and "shared memory" in large and "anew for values of S" in large
     assert "the compiler died" in dies
+    assert transposed.startswith("multiplies the transpose of another product: b_z") and "|" not in transposed
     assert "longer than 1 s" in hangs
+
+
+def test_no_kernel_multiplies_the_transpose_of_another_product(quick, tmp_path):
+    """Triton 3.4 to 3.7 compiles that wrongly for sm_90. The dense cases are in the quick report."""
+    assert all(b["transposed"] == [] for b in quick[1]["binaries"])
+    script = tmp_path / "forms.py"
+    script.write_text(NOT_IN_QUICK)
+    done = run(str(script))
+    kernels = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert {"gradients.key_gradients", "dplr.gradients", "titans.titans_backward", "ttt.ttt_acc_back"} <= {*kernels}
+    assert [k for k in kernels if " " in k] == []

@@ -15,11 +15,13 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import create_function_from_signature
 
+from .dataflow import transposed_products
 from .launch import RUNTIME
 
 TARGETS = {
@@ -42,6 +44,7 @@ class Binary:
     shared: int = 0
     tensor_cores: list = field(default_factory=list)
     matrix: bool = False  # the kernel multiplies matrices (tl.dot)
+    transposed: list = field(default_factory=list)  # products that take the transpose of another one
     seconds: float = 0.0
     remark: str = ""  # a performance warning of the assembler
     error: str = ""  # why there is no binary
@@ -67,6 +70,16 @@ class Build:
         integers = [p.name for p in kernel.params if type(arguments[p.name]) is int and not p.is_constexpr]
         self.fixed_integers = [name for name in integers if name not in RUNTIME]
 
+    def ttir(self):
+        """Triton's IR of the kernel, before anything that depends on the architecture."""
+        backend, context, stages = make_backend(self.target), ir.context(), {}
+        ir.load_dialects(context)
+        backend.load_dialects(context)
+        codegen = backend.get_codegen_implementation(self.options)
+        module = self.source.make_ir(self.target, self.options, codegen, backend.get_module_map(), context)
+        backend.add_stages(stages, self.options, self.source.language)
+        return str(stages["ttir"](module, {}))
+
     def compile(self):
         """The Binary; raises what triton raises."""
         start, triton.knobs.nvidia.dump_ptxas_log = time.perf_counter(), True
@@ -78,6 +91,7 @@ class Build:
             shared=compiled.metadata.shared,
             tensor_cores=[name for name, instruction in TENSOR_CORES.items() if instruction in text],
             matrix="tt.dot" in compiled.asm["ttir"],
+            transposed=transposed_products(compiled.asm["ttir"]),
             seconds=time.perf_counter() - start,
         )
 

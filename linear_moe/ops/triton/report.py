@@ -108,6 +108,8 @@ def problems(build, binary, max_spills=MAX_SPILLS):
         found.append(f"wants {binary.shared / 1024:.0f} KiB of shared memory, and a block has {limit}")
     if binary.matrix and not binary.tensor_cores and build.dtype == torch.bfloat16:
         found.append("multiplies matrices without tensor cores")
+    if binary.transposed:
+        found.append(f"multiplies the transpose of another product: {', '.join(binary.transposed)}")
     if build.fixed_integers:
         found.append(f"would be compiled anew for values of {', '.join(build.fixed_integers)}")
     return found
