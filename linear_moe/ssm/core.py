@@ -231,6 +231,7 @@ class MixerCore(nn.Module):
         p |= {name: heads[name].view(shape) for name, shape in self.head_shapes.items()}
         positions = sequence_positions(B, T, cu_seqlens, x.device)
         tokens, rows = self._project(x, p, routes, cu_seqlens)
+        dtype = next(iter(tokens.values())).dtype  # a rule may answer in a wider one
         gate = tokens.pop("gate", None)
         made: list[tuple[Tensor, Callable[[], Tensor]]] = []  # what short_conv returned, and how
         operands = {n: self._operand(n, value, heads, made, cu_seqlens, routes) for n, value in tokens.items()}
@@ -245,7 +246,8 @@ class MixerCore(nn.Module):
             )
         if gate is not None:
             gate = gate.flatten(0, 1).unflatten(-1, (-1, self.specs["gate"].width))
-        return self.mixer.output(o.flatten(0, 1), gate, p, routes).flatten(1).unflatten(0, (B, T))
+        y = self.mixer.output(o.flatten(0, 1), gate, p, routes)
+        return y.to(dtype).flatten(1).unflatten(0, (B, T))
 
     def _project(self, x: Tensor, p, routes: Routes | None, cu_seqlens: Tensor | None):
         """name -> projection of the tokens ``[B, T, width]``, and name -> projection of the rows ``[R, width]``."""

@@ -92,7 +92,13 @@ class LinearAttention(Mixer):
         options = {"initial_state": state, "return_state": return_state, "cu_seqlens": cu_seqlens}
         if self.config.normalize:
             return normalized_attention(q, k, v, eps=1e-6, **options)
-        return linear_attention(q, k, v, **options)
+        return linear_attention(*widen_half(q, k, v), **options)
+
+
+def widen_half(*operands):
+    """float16 operands in float32: a sum over all tokens that nothing decays leaves float16's range, and its gradient
+    falls below it."""
+    return [x.float() if x.dtype == torch.float16 else x for x in operands]
 
 
 def normalized_attention(q, k, v, *, eps, initial_state, return_state, cu_seqlens):
@@ -101,9 +107,7 @@ def normalized_attention(q, k, v, *, eps, initial_state, return_state, cu_seqlen
     Shapes as in ops.linear_attention; the state is ``[N, HV, K, V + 1]``.
     """
     o, state = linear_attention(
-        q,
-        k,
-        torch.cat([v, torch.ones_like(v[..., :1])], -1),
+        *widen_half(q, k, torch.cat([v, torch.ones_like(v[..., :1])], -1)),
         scale=1.0,
         initial_state=initial_state,
         return_state=return_state,
