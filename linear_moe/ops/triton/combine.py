@@ -197,7 +197,8 @@ def _backward_kernel(rows, row, weights, gate, norm_weight, do, drows, dweights,
         # [BT, BV]
         b_do = tl.load(do + t[:, None] * D + column[None, :], mask=mask, other=0.0).to(tl.float32)
         if norm_weight is not None:
-            scale = tl.rsqrt(tl.sum(n * n, 1) / HEAD + EPS)
+            # tokens that are not there are in b_dnorm's sum: without eps their norm would make it 0 * inf
+            scale = tl.where(t < T, tl.rsqrt(tl.sum(n * n, 1) / HEAD + EPS), 0)
             n *= scale[:, None]
         if gate is not None:
             # [BT, BV]

@@ -56,10 +56,11 @@ def project(x, y, inside, V: tl.constexpr):
 
 
 @triton.jit
-def normalize(z, inside, eps, V: tl.constexpr):
-    """x and r of the legend, [BV, BC] and [1, BC]."""
+def normalize(z, rows, inside, eps, V: tl.constexpr):
+    """x and r of the legend, [BV, BC] and [1, BC]; 0 for tokens that are not there, also without eps."""
     x = tl.where(inside[:, None], z - tl.sum(z, 0)[None, :] / V, 0)
-    r = tl.rsqrt(tl.sum(x * x, 0)[None, :] / V + eps)
+    there = (tl.arange(0, z.shape[1]) < rows)[None, :]
+    r = tl.where(there, tl.rsqrt(tl.sum(x * x, 0)[None, :] / V + eps), 0)
     return x * r, r
 
 
@@ -143,7 +144,7 @@ def ttt_forward(
         b_k = load_columns(k, row, rows, i_h, i_v, H, V, BC)
         b_W = W.to(WIDE)
         b_b = b[:, None]
-        x, r = normalize(dot(b_W, b_k.to(WIDE), PRECISION) + b_b, inside, eps, V)
+        x, r = normalize(dot(b_W, b_k.to(WIDE), PRECISION) + b_b, rows, inside, eps, V)
         target = load_columns(v, row, rows, i_h, i_v, H, V, BC).to(tl.float32) - b_k.to(tl.float32)
         grad, _ = project(x, b_weight * (b_weight * x + b_bias - target), inside, V)
         u = load_rows(eta, row, rows, i_h, H, BC)[None, :] * r * grad
@@ -208,7 +209,7 @@ def ttt_prepare_back(
     b_k = load_columns(k, row, rows, i_h, i_v, H, V, BC)
     b_q = load_columns(q, row, rows, i_h, i_v, H, V, BC)
     z = dot(b_W, b_k.to(WIDE), PRECISION) + tl.load(biases + i_s * V + i_v, mask=inside, other=0)[:, None]
-    b_x, b_r = normalize(z, inside, eps, V)
+    b_x, b_r = normalize(z, rows, inside, eps, V)
     target = load_columns(v, row, rows, i_h, i_v, H, V, BC).to(tl.float32) - b_k.to(tl.float32)
     b_y = b_weight * b_x + b_bias - target
     b_e = b_weight * b_y
@@ -227,10 +228,11 @@ def ttt_prepare_back(
     store_columns(pull, dot(b_s, tl.trans(b_P), PRECISION), row, rows, i_h, i_v, H, V, BC)
     if token_scale is not None:
         store_rows(dscale, -tl.sum(dot(b_u, b_P, PRECISION) * b_do, 0), row, rows, i_h, H, BC)
-    dP = tl.where(i_t[:, None] <= i_t[None, :], -scale * dot(tl.trans(b_u), b_s, PRECISION), 0).to(b_k.dtype)
-    store_columns(dk, dot(b_q, tl.trans(dP), PRECISION), row, rows, i_h, i_v, H, V, BC)
-    b_dq = dot(b_k, dP, PRECISION) + scale * dot(tl.trans(b_W), b_do.to(WIDE), PRECISION)
-    store_columns(dq, b_dq, row, rows, i_h, i_v, H, V, BC)
+    # [BC, BC] and [BC, BV]: not upright, so that no product takes the transpose of another one (see gradients.py)
+    dP = tl.where(i_t[:, None] >= i_t[None, :], -scale * dot(tl.trans(b_s), b_u, PRECISION), 0).to(b_k.dtype)
+    store_columns(dk, dot(b_q, dP, PRECISION), row, rows, i_h, i_v, H, V, BC)
+    b_dq = dot(dP, tl.trans(b_k), PRECISION) + scale * dot(tl.trans(b_do).to(WIDE), b_W, PRECISION)
+    store_tile(dq, b_dq, row, rows, i_h, i_v, H, V, BC)
 
 
 @kernel

@@ -35,6 +35,14 @@ def test_matches_loop(rule, layout, offset):
     compare(rule, inputs(rule, B, T, cu_seqlens), cu_seqlens=cu_seqlens, offset=seen)
 
 
+def test_tokens_that_are_not_there_have_no_norm():
+    """Without eps and without a bias theirs is 1 / 0, in a mini-batch of 5 of 16 tokens."""
+    fresh_seed()
+    x = inputs("ttt_linear", 1, 5)
+    x["initial_state"][..., -1, :] = 0
+    compare("ttt_linear", x, eps=0.0)
+
+
 def test_half_precision(rule):
     """float16 stands for what the interpreter can't do, bfloat16: the same code, but for the products with states."""
     fresh_seed()
