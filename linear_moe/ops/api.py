@@ -1,8 +1,9 @@
 """The public functions of linear_moe.ops: arguments checked, then handed to the chosen backend.
 
 Shapes: B batch, T tokens, H key heads, HV value heads (a multiple of H; value head h uses key head h // (HV // H)),
-K and V channels. N sequences: B, or len(cu_seqlens) - 1 when packed (then B is 1 and cu_seqlens, int32 [N+1] on the
-tensors' device, holds every sequence's first row and the end; zero-length sequences are legal). Any T >= 0.
+K and V channels. N sequences: B, or len(cu_seqlens) - 1 when packed (then B is 1 and cu_seqlens, int32 or int64 [N+1]
+on the tensors' device, holds every sequence's first row and the end, T; zero-length sequences are legal). Any T >= 0.
+Values of cu_seqlens that do not fit are a ValueError on a CPU, and on a GPU, where nothing is read, an assertion there.
 q, k [B, T, H, K]; v [B, T, HV, V]; beta [B, T, HV]; g, the log decay, <= 0: None, [HV], [B, T, HV] or [B, T, HV, K].
 States are [N, HV, K, V] float32 (float64 for float64 values); the rules compute in that dtype and return v's dtype.
 Everything is differentiable, states and constant decays included.
@@ -25,6 +26,7 @@ from .check import (
     check_gsa,
     check_norm,
     check_online,
+    check_route,
     check_rule,
     check_rwkv6,
     check_step,
@@ -52,12 +54,16 @@ def _function(rule, backend):
     return getattr(reference if backend == "reference" else slots if rule == "read_by_value" else chunk, rule)
 
 
+def _int32(cu_seqlens):
+    return None if cu_seqlens is None else cu_seqlens.int()
+
+
 def _run(rule, operands, scale, initial_state, return_state, cu_seqlens, backend):
     """A rule over sequences, its operands checked, by the chosen backend."""
     _, k, v, *_ = operands
     widths = [x.shape[-1] for x in operands if x is not None and x.ndim == 4]
     function = _function(rule, choose_backend(rule, backend, v, *widths))
-    options = {"initial_state": initial_state, "return_state": return_state, "cu_seqlens": cu_seqlens}
+    options = {"initial_state": initial_state, "return_state": return_state, "cu_seqlens": _int32(cu_seqlens)}
     with _without_autocast(v.device.type):
         return function(*operands, scale=k.shape[-1] ** -0.5 if scale is None else scale, **options)
 
@@ -161,7 +167,7 @@ def ttt_linear(
     head = {"weight": weight, "bias": bias}
     check_online("ttt_linear", q, k, v, gates, head, offset, mini_batch, initial_state, cu_seqlens)
     options = {"eps": eps, "initial_state": initial_state, "offset": offset}
-    options |= {"return_state": return_state, "cu_seqlens": cu_seqlens}
+    options |= {"return_state": return_state, "cu_seqlens": _int32(cu_seqlens)}
     operands = (q, k, v, eta, token_scale, weight, bias)
     return _run_online("ttt_linear", operands, mini_batch, scale, backend, options)
 
@@ -183,7 +189,7 @@ def titans_linear(
     gates = {"theta": theta, "g": g, "m": m}
     check_online("titans_linear", q, k, v, gates, {}, offset, mini_batch, initial_state, cu_seqlens)
     options = {"initial_state": initial_state, "offset": offset}
-    options |= {"return_state": return_state, "cu_seqlens": cu_seqlens}
+    options |= {"return_state": return_state, "cu_seqlens": _int32(cu_seqlens)}
     return _run_online("titans_linear", (q, k, v, theta, g, m), mini_batch, scale, backend, options)
 
 
@@ -209,7 +215,7 @@ def short_conv(
     for shapes, dtypes, cu_seqlens, options or a backend that do not fit.
     """
     check_conv(x, weight, activation, normalize, initial_state, return_state, cu_seqlens, routes)
-    backend = choose_backend("short_conv", backend, x)
+    backend, cu_seqlens = choose_backend("short_conv", backend, x), _int32(cu_seqlens)
     state = {"initial_state": initial_state, "return_state": return_state}
     if backend == "triton":
         maps = {} if routes is None else {"token": routes.token, "row": routes.row}
@@ -232,12 +238,13 @@ def route(indices, weights, *, num_memories, shared, cu_seqlens=None, backend="a
     """Sorts tokens into buckets, stably: see routing.Routes and routing.route.
 
     indices int [B, T, k], distinct for a token and below num_memories; weights [B, T, k] float; `shared` adds one more
-    memory, the last, that holds every token with weight 1; cu_seqlens int32 [N+1] (then B is 1), else N = B.
-    Raises ValueError for shapes, dtypes or a backend that do not fit.
+    memory, the last, that holds every token with weight 1; cu_seqlens [N+1] (then B is 1), else N = B.
+    Raises ValueError for shapes, dtypes, cu_seqlens or a backend that do not fit.
     """
+    check_route(indices, weights, num_memories, cu_seqlens)
     backend = choose_backend("route", backend, weights)
     function = {"reference": routing.route_reference, "torch": routing.route}.get(backend) or kernels("routing").route
-    return function(indices, weights, num_memories=num_memories, shared=shared, cu_seqlens=cu_seqlens)
+    return function(indices, weights, num_memories=num_memories, shared=shared, cu_seqlens=_int32(cu_seqlens))
 
 
 def grouped_linear(x, weight, offsets, *, routes=None, backend="auto"):

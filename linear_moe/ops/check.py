@@ -24,20 +24,45 @@ def _one_device(rule, x, **others):
 
 
 def check_cu_seqlens(rule, cu_seqlens, B, T, device):
-    """The number of sequences. Values are only read on a CPU, where that is free."""
+    """The number of sequences. Every row must be some sequence's: see check_ends."""
     if cu_seqlens is None:
         return B
     _require(torch.is_tensor(cu_seqlens), rule, f"cu_seqlens must be a tensor, not {type(cu_seqlens).__name__}")
-    _require(cu_seqlens.dtype == torch.int32, rule, f"cu_seqlens must be int32, not {cu_seqlens.dtype}")
+    fits = cu_seqlens.dtype in (torch.int32, torch.int64)
+    _require(fits, rule, f"cu_seqlens must be int32 or int64, not {cu_seqlens.dtype}")
     fits = cu_seqlens.ndim == 1 and len(cu_seqlens) > 0
     _require(fits, rule, f"cu_seqlens must be [N + 1], not {[*cu_seqlens.shape]}")
     _require(B == 1, rule, f"with cu_seqlens the batch size ({B}) must be 1")
     _require(cu_seqlens.device == device, rule, f"cu_seqlens is on {cu_seqlens.device}, the inputs on {device}")
-    if cu_seqlens.device.type == "cpu":
-        ends = (int(cu_seqlens[0]), int(cu_seqlens[-1]))
-        _require(ends == (0, T), rule, f"cu_seqlens must run from 0 to T ({T}), not from {ends[0]} to {ends[1]}")
-        _require(bool((cu_seqlens.diff() >= 0).all()), rule, f"cu_seqlens must not decrease: {cu_seqlens.tolist()}")
+    borders = f"cu_seqlens must run from 0 to T ({T}) and not decrease"
+    _holds(rule, cu_seqlens, lambda x: (x[0] == 0) & (x[-1] == T) & (x.diff() >= 0).all(), borders)
     return len(cu_seqlens) - 1
+
+
+def _holds(rule, x, fits, message):
+    """fits(values of x). On a CPU the values are read, which is free there.
+
+    Elsewhere nothing is read back: the device itself stops at a value that does not fit. It looks once at a tensor,
+    however many ops take it, and not at all at those that routing made.
+    """
+    if x.device.type == "cpu":
+        _require(len(x) == 0 or bool(fits(x)), rule, f"{message}: {x.tolist()}")
+        return
+    version = None if x.is_inference() else x._version
+    known = getattr(x, "_known_to", None)
+    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()  # a replay may bring other values
+    if len(x) and not (known is MADE_HERE or (known == (message, version) and version is not None and not capturing)):
+        torch._assert_async(fits(x), f"{rule}: {message}")
+        x._known_to = message, version
+
+
+MADE_HERE = object()
+
+
+def made_here(*tensors):
+    """Says of tensors that routing made that their values fit."""
+    for x in tensors:
+        x._known_to = MADE_HERE
 
 
 def _check_operands(rule, lead, q, k, v, beta, g, state, N):
@@ -155,9 +180,8 @@ def check_online(rule, q, k, v, gates, head, offset, mini_batch, initial_state, 
     if offset is not None:
         fits = torch.is_tensor(offset) and offset.dtype in (torch.int32, torch.int64) and [*offset.shape] == [N]
         _require(fits, rule, f"offset must be an int32 or int64 tensor [N] = [{N}], not {offset}")
-        if offset.device.type == "cpu":
-            fits = bool(((offset >= 0) & (offset < mini_batch)).all())
-            _require(fits, rule, f"offset must be at least 0 and below mini_batch ({mini_batch}): {offset.tolist()}")
+        message = f"offset must be at least 0 and below mini_batch ({mini_batch})"
+        _holds(rule, offset, lambda x: ((x >= 0) & (x < mini_batch)).all(), message)
     _require(isinstance(mini_batch, int) and mini_batch > 0, rule, f"mini_batch ({mini_batch}) must be at least 1")
     _one_device(rule, v, q=q, k=k, **gates, **head, initial_state=initial_state, offset=offset)
     _require(q.dtype == k.dtype == v.dtype, rule, f"q, k, v must share a dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
@@ -191,6 +215,19 @@ def check_conv(x, weight, activation, normalize, initial_state, return_state, cu
         _shape(rule, "initial_state", initial_state, {"N": N, "D": D, "W - 1": W - 1})
 
 
+def check_route(indices, weights, num_memories, cu_seqlens):
+    """The operands of route."""
+    rule = "route"
+    fits = indices.ndim == 3 and indices.shape == weights.shape
+    shapes = f"{[*indices.shape]} and {[*weights.shape]}"
+    _require(fits, rule, f"indices and weights must both be [B, T, k], not {shapes}")
+    fits = not indices.is_floating_point() and weights.is_floating_point()
+    _require(fits, rule, f"indices must be integers ({indices.dtype}) and weights floats ({weights.dtype})")
+    k = indices.shape[2]
+    _require(k <= num_memories, rule, f"k ({k}) must not exceed num_memories ({num_memories})")
+    check_cu_seqlens(rule, cu_seqlens, *indices.shape[:2], indices.device)
+
+
 def check_grouped(x, weight, offsets, routes):
     """The operands of grouped_linear."""
     rule = "grouped_linear"
@@ -198,8 +235,13 @@ def check_grouped(x, weight, offsets, routes):
     shapes = f"{[*x.shape]}, {[*weight.shape]} and {[*offsets.shape]}"
     _require(fits, rule, f"x must be [R, D], weight [G, E, D] and offsets [G], not {shapes}")
     _one_device(rule, x, weight=weight, offsets=offsets)
+    rows = len(x)
     if routes is not None:
         _require(len(routes.row) == len(x), rule, f"the routes are of {len(routes.row)} tokens, x has {len(x)}")
+        rows = len(routes.token)
+    _require(offsets.dtype == torch.int32, rule, f"offsets must be int32, not {offsets.dtype}")
+    message = f"offsets must end at the number of rows ({rows}) and not decrease"
+    _holds(rule, offsets, lambda x: (x[0] >= 0) & (x[-1] == rows) & (x.diff() >= 0).all(), message)
 
 
 def check_norm(o, weight, gate, activation, routes):

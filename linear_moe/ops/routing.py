@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .check import made_here
 from .take import take
 
 
@@ -44,9 +45,8 @@ def route(indices, weights, *, num_memories, shared, cu_seqlens=None):
 
     indices int [B, T, k], distinct for a token and below num_memories; weights [B, T, k] float; `shared` adds one more
     memory, the last, that holds every token with weight 1; cu_seqlens int32 [N+1] (then B is 1), else N = B.
-    Raises ValueError for shapes and dtypes that do not fit.
+    Nothing is checked here: see api.route.
     """
-    _check(indices, weights, num_memories, cu_seqlens)
     B, T, k = indices.shape
     device, ends = indices.device, _sequence_ends(B, T, cu_seqlens, indices.device)
     N, M, R = len(ends), num_memories, B * T * k
@@ -61,22 +61,9 @@ def route(indices, weights, *, num_memories, shared, cu_seqlens=None):
         weights, cu = torch.cat([weights, weights.new_ones(B * T, 1)], 1), torch.cat([cu, R + ends])
     groups = M + bool(shared)
     offsets = cu[torch.arange(1, groups + 1, device=device) * N]
-    return Routes(token, row, weights, cu.int(), offsets.int(), groups)
-
-
-def _check(indices, weights, num_memories, cu_seqlens):
-    if indices.ndim != 3 or indices.shape != weights.shape:
-        raise ValueError(
-            f"route: indices and weights must both be [B, T, k], not {[*indices.shape]} and {[*weights.shape]}"
-        )
-    if indices.is_floating_point() or not weights.is_floating_point():
-        raise ValueError(f"route: indices must be integers ({indices.dtype}) and weights floats ({weights.dtype})")
-    if indices.shape[2] > num_memories:
-        raise ValueError(f"route: k ({indices.shape[2]}) must not exceed num_memories ({num_memories})")
-    if cu_seqlens is not None and (indices.shape[0] != 1 or cu_seqlens.dtype != torch.int32):
-        raise ValueError(
-            f"route: cu_seqlens must be int32 ({cu_seqlens.dtype}) and the batch then 1 ({indices.shape[0]})"
-        )
+    cu, offsets = cu.int(), offsets.int()
+    made_here(cu, offsets)
+    return Routes(token, row, weights, cu, offsets, groups)
 
 
 def _sequence_ends(B, T, cu_seqlens, device):

@@ -20,6 +20,7 @@ def token_shift(x, *, initial_state=None, return_state=False, cu_seqlens=None):
     if cu_seqlens is None:
         line = torch.cat([state.unsqueeze(1), x], 1)
         return line[:, :T], line[:, T] if return_state else None
+    cu_seqlens = cu_seqlens.int()
     line = torch.cat([x[0], state])  # no row of it is taken twice
     token = torch.arange(T, device=x.device, dtype=cu_seqlens.dtype)
     sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)

@@ -108,7 +108,7 @@ def test_topk_router_breaks_ties_by_index():
         ({"weights": torch.ones(1, 3, 1)}, r"indices and weights must both be \[B, T, k\]"),
         ({"indices": torch.zeros(1, 3, 2)}, "indices must be integers"),
         ({"num_memories": 1}, r"k \(2\) must not exceed num_memories \(1\)"),
-        ({"cu_seqlens": torch.tensor([0, 3])}, "cu_seqlens must be int32"),
+        ({"cu_seqlens": torch.tensor([0.0, 3.0])}, "cu_seqlens must be int32 or int64"),
     ],
     ids=("shapes", "dtype", "memories", "cu_seqlens"),
 )

@@ -9,16 +9,16 @@ import torch
 import triton
 import triton.language as tl
 
-from ..routing import Routes, _check
+from ..check import made_here
+from ..routing import Routes
 from .launch import configure, kernel, launch
 
 
 def route(indices, weights, *, num_memories, shared, cu_seqlens=None):
-    """Sorts tokens into buckets, stably: the arguments, results and errors of linear_moe.ops.routing.route.
+    """Sorts tokens into buckets, stably: the arguments and results of linear_moe.ops.routing.route.
 
     Integers come from two kernels; the weights pass through differentiably.
     """
-    _check(indices, weights, num_memories, cu_seqlens)
     (B, T, k), device = indices.shape, indices.device
     tokens, groups = B * T, num_memories + bool(shared)
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
@@ -31,6 +31,7 @@ def route(indices, weights, *, num_memories, shared, cu_seqlens=None):
     row = torch.empty(tokens, k + bool(shared), dtype=torch.int64, device=device)
     cu = torch.empty(groups * N + 1, dtype=torch.int32, device=device)
     offsets = torch.empty(groups, dtype=torch.int32, device=device)
+    made_here(cu, offsets)
 
     options = dict(configure("route", 0, 0, device))
     MP = triton.next_power_of_2(num_memories)

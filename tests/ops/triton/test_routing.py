@@ -83,8 +83,3 @@ def test_two_launches_whatever_the_lengths():
     assert [count[0], place[0]] == [record[0] for record in again]
     assert options[:2] == options[2:]
     launches.recorded.clear()
-
-
-def test_bad_routes():
-    with pytest.raises(ValueError, match=r"k \(2\) must not exceed num_memories \(1\)"):
-        route(torch.zeros(1, 3, 2, dtype=torch.int64), torch.ones(1, 3, 2), num_memories=1, shared=False)
