@@ -142,7 +142,7 @@ def floor(inputs, do, flops):
     """{mode: least milliseconds on an H200}. flops: {mode: FLOPs}.
 
     Forward reads the inputs and writes the output; backward reads the inputs and the output's gradient and writes the
-    inputs' gradients. FLOPs are those that our kernels execute (triton.workload.count_flops).
+    inputs' gradients. FLOPs are those that our kernels execute (flops.py).
     """
     read = sum(x.nbytes for x in inputs)
     moved = {
