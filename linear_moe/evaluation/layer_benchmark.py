@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from linear_moe.mom import MoMConfig, Router, make_routes
-from linear_moe.ops import grouped_linear
-from linear_moe.ops.kernel_benchmark import RULES, Size, flops_per_token
+from linear_moe.ops import flops, grouped_linear
+from linear_moe.ops.kernel_benchmark import RULES, Size
 from linear_moe.ops.measure import (
     MODES,
     TOLERANCE,
@@ -198,7 +198,6 @@ def mom(peer=None, repeats=20, device="cuda", scale=1.0):
     dtype, rows, checks = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32, [], []
     if peer:
         load(THEIRS["MoM"], peer)  # a missing peer is said before anything is measured
-    rule_flops = flops_per_token([RULE], {size.D for size in SIZES})
     for size in SIZES:
         size = size.scaled(scale) if scale < 1 else size
         sides = [
@@ -207,10 +206,10 @@ def mom(peer=None, repeats=20, device="cuda", scale=1.0):
         ]
         sides.append(Side("ours MoM, recompute", Layer(size, MOM, dtype, device, recompute=True)))
         sides += [Side(f"{peer} {kind}", peer_layer(kind, size, dtype, device)) for kind in THEIRS if peer]
-        times, saved, draws = _measure(sides, size, device, dtype, repeats)
+        times, saved, draws = measured(sides, size, device, dtype, repeats)
         for i, side in enumerate(sides):
             both, x, do = times["both"][i], *draws[0]
-            least = _floor(side.layer, size, x, do, rule_flops) if isinstance(side.layer, Layer) else None
+            least = least_time(side.layer, size, x, do) if isinstance(side.layer, Layer) else None
             cells = [f"{times[mode][i]:.3f}" for mode in MODES]
             cells += [f"{least:.3f}", f"{least / both:.0%}"] if least else ["", ""]
             memory = peak(side, side.inputs(x), do)
@@ -245,7 +244,7 @@ def projections(size, device, dtype, repeats):
     ]
 
 
-def _measure(sides, size, device, dtype, repeats):
+def measured(sides, size, device, dtype, repeats):
     """({mode: milliseconds of every side}, bytes that every side saves a token, the inputs they took in turns)."""
     shape = (size.B, size.T, size.H * size.D)
 
@@ -259,11 +258,11 @@ def _measure(sides, size, device, dtype, repeats):
     return times, [saved_bytes(side, draws[0][0]) / (size.B * size.T) for side in sides], draws
 
 
-def _floor(layer, size, x, do, rule_flops):
+def least_time(layer, size, x, do):
     """Least milliseconds of forward and backward on an H200: see measure.floor."""
     tokens = size.B * size.T
     rows = tokens * ROWS if layer.mom else tokens
-    rule = rule_flops[RULE.case, size.D]
+    rule = flops.of_modes(RULE.case, size.D)
     work = {mode: rows * size.H * rule[mode] + layer.flops(tokens) * FACTOR[mode] for mode in MODES}
     return floor([x, *layer.parameters()], do, work)["both"]
 

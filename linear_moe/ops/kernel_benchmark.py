@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch.nn.functional import logsigmoid, normalize
 
-from . import api
+from . import api, flops
 from .measure import (
     MODES,
     TOLERANCE,
@@ -25,7 +25,6 @@ from .measure import (
     sets,
 )
 from .triton.report import table
-from .triton.workload import CASES, count_flops
 
 REFERENCE_TOKENS = 200
 
@@ -66,7 +65,7 @@ FLASH_QLA = {
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule and its twin in fla. decay: dimensions of g, None without; case: of triton.workload, for its FLOPs."""
+    """A rule and its twin in fla. decay: dimensions of g, None without; case: of the table of FLOPs."""
 
     name: str
     ours: str
@@ -148,18 +147,6 @@ def errors(functions, rule, size, device, dtype):
     return found
 
 
-def flops_per_token(rules, widths):
-    """{(case, width): {mode: FLOPs a token and value head}} of our kernels."""
-    names, pairs = sorted({rule.case for rule in rules}), [(D, D) for D in sorted(widths)]
-    found = {}
-    both, forward = (count_flops(names, pairs, backward=backward) for backward in (True, False))
-    for case in (case for case in CASES if case.name in names):
-        for D, _ in pairs:
-            ahead, whole = (sum(x[f"{D}x{D}"][case.name].values()) / 8 if x else 0 for x in (forward, both))
-            found[case.name, D] = {"forward": ahead, "backward": whole - ahead, "both": whole}
-    return found
-
-
 def kernels(peer=None, repeats=30, rules=None, device="cuda", scale=1.0):
     """Prints a table of every rule at every size; returns how many of our results are wrong in bf16.
 
@@ -177,11 +164,10 @@ def kernels(peer=None, repeats=30, rules=None, device="cuda", scale=1.0):
     makers = [ours] + ([partial(theirs, peer=peer)] if peer else [])
     for rule in chosen if peer else []:
         theirs(rule, SIZES[0], device, peer)  # a missing peer is said before anything is measured
-    flops = flops_per_token(chosen, {size.D for size in sizes})
     rows, wrong = [], 0
     for rule in chosen:
         for size, note in sizes.items():
-            row, bad = _compare(rule, size.scaled(scale) if scale < 1 else size, makers, device, dtype, repeats, flops)
+            row, bad = _compare(rule, size.scaled(scale) if scale < 1 else size, makers, device, dtype, repeats)
             rows.append((*row, note) if peer == "flash-qla" else row)
             wrong += bad
             print(f"{rule.name} {size}: done", flush=True)
@@ -193,9 +179,11 @@ def kernels(peer=None, repeats=30, rules=None, device="cuda", scale=1.0):
     return wrong
 
 
-def _compare(rule, size, makers, device, dtype, repeats, flops):
-    """One row of the table, and whether our results are wrong."""
-    accuracy = errors(makers, rule, size, device, dtype)
+def timed(rule, size, makers, device, dtype, repeats):
+    """({mode: milliseconds of every maker's function}, MiB of each, {mode: least milliseconds on an H200}).
+
+    makers: functions such as `ours` of a rule, a size and a device, measured in turns.
+    """
     shape = (1, size.B * size.T) if size.packed else (size.B, size.T)
     shape = (*shape, size.HV or size.H, size.D)
 
@@ -204,16 +192,22 @@ def _compare(rule, size, makers, device, dtype, repeats, flops):
 
     functions, draws = [maker(rule, size, device) for maker in makers], sets(make, device)
     inputs, do = draws[0]
-    memory = [f"{peak(function, inputs, do):.0f}" for function in functions]
+    memory = [peak(function, inputs, do) for function in functions]
     times = measure([(function, draws) for function in functions], device, repeats)
-    work = {mode: count * do[..., 0].numel() for mode, count in flops[rule.case, size.D].items()}
-    least = floor(inputs, do, work)
+    work = {mode: count * do[..., 0].numel() for mode, count in flops.of_modes(rule.case, size.D).items()}
+    return times, memory, floor(inputs, do, work)
+
+
+def _compare(rule, size, makers, device, dtype, repeats):
+    """One row of the table, and whether our results are wrong."""
+    accuracy = errors(makers, rule, size, device, dtype)
+    times, memory, least = timed(rule, size, makers, device, dtype, repeats)
     row = [rule.name, str(size), *(f"{o:.0e} {g:.0e}" for o, g in accuracy)]
     for mode in MODES:
         mine, *other = times[mode]
         row += [f"{mine:.3f}", *(cell for t in other for cell in (f"{t:.3f}", f"{t / mine:.2f}"))]
         row += [f"{least[mode]:.3f}", f"{least[mode] / mine:.0%}"]
-    return (*row, *memory), any(e > TOLERANCE for e in accuracy[0])
+    return (*row, *(f"{m:.0f}" for m in memory)), any(e > TOLERANCE for e in accuracy[0])
 
 
 def decode(
@@ -228,13 +222,13 @@ def decode(
     for rule in (rule for rule in RULES if rule.name in rules):
         for B in (1, 64) if scale == 1 else (1, 2):
             size = Size(B, 0, max(1, int(16 * scale)), 128)
-            speed = [f"{_decode(rule, size, context, repeats, device):.0f}" for context in contexts]
+            speed = [f"{decode_speed(rule, size, context, repeats, device):.0f}" for context in contexts]
             rows.append((rule.name, str(B), *speed))
     header = ("rule", "sequences", *(f"after {context}" for context in contexts))
     print(f"{heading(device)}\n\nTokens a second, all sequences together\n\n{table(header, rows)}")
 
 
-def _decode(rule, size, context, repeats, device, steps=16):
+def decode_speed(rule, size, context, repeats, device, steps=16):
     """Tokens a second of one rule."""
     cuda = torch.device(device).type == "cuda"
     dtype, state, piece = torch.bfloat16 if cuda else torch.float32, None, 65536 // size.B

@@ -6,11 +6,11 @@ works off a short delay while the host already queues the run, unless the run ma
 
 import importlib
 import os
+import shutil
 import statistics
 import subprocess
 import time
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,10 +49,17 @@ def heading(device="cuda"):
     import triton
 
     name = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else "CPU (Triton's interpreter)"
-    git = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True)
-    commit = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip() or "unknown"
-    changed = " with changes" if git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout else ""
+    commit = _git("rev-parse", "--short", "HEAD") or "unknown"
+    changed = " with changes" if _git("status", "--porcelain", "--untracked-files=no") else ""
     return f"{name}, commit {commit}{changed}, torch {torch.__version__}, triton {triton.__version__}"
+
+
+def _git(*command):
+    """What git says of this repository; nothing where there is no git."""
+    if shutil.which("git") is None:
+        return ""
+    done = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 def gradients(o, inputs, do):
@@ -142,7 +149,7 @@ def floor(inputs, do, flops):
     """{mode: least milliseconds on an H200}. flops: {mode: FLOPs}.
 
     Forward reads the inputs and writes the output; backward reads the inputs and the output's gradient and writes the
-    inputs' gradients. FLOPs are those that our kernels execute (triton.workload.count_flops).
+    inputs' gradients. FLOPs are those that our kernels execute (flops.py).
     """
     read = sum(x.nbytes for x in inputs)
     moved = {

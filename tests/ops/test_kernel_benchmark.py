@@ -14,10 +14,8 @@ def seeded():
 
 @pytest.mark.parametrize("rule", ("retention", "kda"))
 def test_table(capsys, monkeypatch, rule):
-    counted = dict.fromkeys(measure.MODES, 1000.0)
     monkeypatch.setattr(benchmark, "SIZES", [benchmark.Size(4, 2048, 16, 64)])
     monkeypatch.setattr(benchmark, "REFERENCE_TOKENS", 20)
-    monkeypatch.setattr(benchmark, "flops_per_token", lambda rules, widths: {(rules[0].case, 64): counted})
     assert benchmark.kernels(repeats=1, rules=[rule], device="cpu", scale=1 / 64) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith(f"| {rule}") and "2/32/1/64" in lines[-1]
@@ -30,7 +28,7 @@ def test_unknown_rule():
 
 def test_decode():
     rule = next(rule for rule in benchmark.RULES if rule.name == "gated_deltanet")
-    assert benchmark._decode(rule, benchmark.Size(2, 0, 1, 64), context=20, repeats=1, device="cpu", steps=2) > 0
+    assert benchmark.decode_speed(rule, benchmark.Size(2, 0, 1, 64), context=20, repeats=1, device="cpu", steps=2) > 0
 
 
 def test_packed_inputs_and_grouped_heads():

@@ -1,0 +1,1 @@
+"""What measures and checks on a GPU; no part of what a model runs."""
