@@ -7,6 +7,7 @@ import difflib
 import functools
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
@@ -87,10 +88,10 @@ def _local_defaults() -> dict:
 def _json_object(text: str, example: str = '{"head_dim": 64}') -> dict:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"not JSON ({error}); write it as {example}: {text!r}") from None
+    except (ValueError, RecursionError) as error:  # not JSON, a number of too many digits, brackets too deep
+        raise argparse.ArgumentTypeError(f"not JSON ({error}); write it as {example}: {text[:80]!r}") from None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"must be a JSON object, but is {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a JSON object, but is {text[:80]!r}")
     return value
 
 
@@ -167,8 +168,28 @@ def _actions() -> dict[str, argparse.Action]:
     return {flag.replace("_", "-"): action for action in parser._actions for flag in action.option_strings}
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's truth values and decimal numbers; everything else is text, all capitals too (--layer-pattern).
+
+    PyYAML reads YAML 1.1: 1e-6 is text there, NO is false, 010 is 8, and 2026-01-01 is a date, which is not JSON.
+    """
+
+    yaml_implicit_resolvers = {}
+
+
+for _kind, _words, _first in (
+    ("bool", r"true|True|false|False", "tTfF"),
+    ("null", r"~|null|Null|", ["~", "n", "N", ""]),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+", "-+.0123456789"),
+    ("float", r"[-+]?\.inf|\.nan", "-+."),
+    ("merge", r"<<", "<"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^({_words})$"), list(_first))
+
+
 def read_config(path: str | Path) -> dict:
-    """A YAML mapping of arguments, its keys with ``-``.
+    """A YAML 1.2 mapping of arguments, its keys with ``-``.
 
     ``base: other.yaml``, relative to the file, names a mapping that it overrides key by key; null takes a key back.
 
@@ -187,9 +208,9 @@ def _read_config(path: Path, above: tuple[Path, ...]) -> dict:
     if not path.is_file():
         raise ValueError(f"{named} does not exist")
     try:
-        config = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{named} is not valid YAML: {error}") from None
+        config = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also: not UTF-8, brackets too deep
+        raise ValueError(f"{named} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{named} must map argument names to values, but is a {type(config).__name__}")
     config = {str(key).replace("_", "-"): value for key, value in config.items()}
