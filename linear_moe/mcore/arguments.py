@@ -20,12 +20,14 @@ from megatron.training.arguments import add_megatron_arguments
 from linear_moe.mcore.checkpoint import CHECKPOINT_DEFAULTS
 from linear_moe.mcore.cpu import cpu_defaults
 from linear_moe.mcore.specs import LayerOptions, expand_pattern, mixer_options
+from linear_moe.mcore.vocabulary import patch_padding
 from linear_moe.mom import MoMConfig
 from linear_moe.ssm import MIXERS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add our flags to a Megatron parser; give it to Megatron as ``extra_args_provider``."""
+    patch_padding()  # here, because Megatron pads the vocabulary while it parses
     parser.usage = "%(prog)s [--config FILE.yaml] [flags of Megatron and of linear_moe]"  # all 700 would hide an error
     group = parser.add_argument_group("linear_moe")
     group.add_argument(

@@ -198,8 +198,20 @@ RESIDUAL = '--mixer rwkv7 --mixer-args {"value_residual":true}'
             r"num_attention_heads \(4\) must be divisible by tensor_model_parallel_size \(3\)",
         ),
         (
-            "--tensor-model-parallel-size 2 --group-query-attention --num-query-groups 3",
+            "--num-attention-heads 6 --hidden-size 36 --tensor-model-parallel-size 2 --group-query-attention "
+            "--num-query-groups 3",
             r"num_query_groups \(3\) must be a multiple or a divisor of tensor_model_parallel_size \(2\)",
+        ),
+        *(
+            (
+                f"--group-query-attention --num-query-groups {n}",
+                rf"groups \({n}\) must divide num_attention_heads \(4\)",
+            )
+            for n in (3, 8, 0, -2)
+        ),
+        (
+            "--tensor-model-parallel-size 4 --padded-vocab-size 301",
+            r"padded_vocab_size \(301\) must be divisible by tensor_model_parallel_size \(4\)",
         ),
         (
             '--tensor-model-parallel-size 4 --mixer-args {"num_heads":2}',
