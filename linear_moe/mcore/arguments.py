@@ -7,13 +7,11 @@ import difflib
 import functools
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
-import yaml
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.training.arguments import add_megatron_arguments
 
@@ -21,6 +19,7 @@ from linear_moe.mcore.checkpoint import CHECKPOINT_DEFAULTS
 from linear_moe.mcore.cpu import cpu_defaults
 from linear_moe.mcore.specs import LayerOptions, expand_pattern, mixer_options
 from linear_moe.mcore.vocabulary import patch_padding
+from linear_moe.mcore.yaml_text import parse_yaml
 from linear_moe.mom import MoMConfig
 from linear_moe.ssm import MIXERS
 
@@ -170,26 +169,6 @@ def _actions() -> dict[str, argparse.Action]:
     return {flag.replace("_", "-"): action for action in parser._actions for flag in action.option_strings}
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's truth values and decimal numbers; everything else is text, all capitals too (--layer-pattern).
-
-    PyYAML reads YAML 1.1: 1e-6 is text there, NO is false, 010 is 8, and 2026-01-01 is a date, which is not JSON.
-    """
-
-    yaml_implicit_resolvers = {}
-
-
-for _kind, _words, _first in (
-    ("bool", r"true|True|false|False", "tTfF"),
-    ("null", r"~|null|Null|", ["~", "n", "N", ""]),
-    ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+", "-+.0123456789"),
-    ("float", r"[-+]?\.inf|\.nan", "-+."),
-    ("merge", r"<<", "<"),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^({_words})$"), list(_first))
-
-
 def read_config(path: str | Path) -> dict:
     """A YAML 1.2 mapping of arguments, its keys with ``-``.
 
@@ -209,10 +188,7 @@ def _read_config(path: Path, above: tuple[Path, ...]) -> dict:
         raise ValueError(f"configuration {path} is its own base: {' -> '.join(map(str, chain))}")
     if not path.is_file():
         raise ValueError(f"{named} does not exist")
-    try:
-        config = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also: not UTF-8, brackets too deep
-        raise ValueError(f"{named} is not valid YAML: {' '.join(str(error).split())}") from None
+    config = parse_yaml(path.read_bytes(), named)
     if not isinstance(config, dict):
         raise ValueError(f"{named} must map argument names to values, but is a {type(config).__name__}")
     config = {str(key).replace("_", "-"): value for key, value in config.items()}
