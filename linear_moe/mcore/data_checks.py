@@ -38,7 +38,7 @@ def data_sources(args) -> dict[str, Source]:
         blend, per_set = get_blend_and_blend_per_split(args)
     except AssertionError as error:
         raise ValueError(f"give one source of data (--data-path, or a path for each set); {BLEND}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"the data's paths cannot be read ({type(error).__name__}: {error})") from error
     split, shares = None, [1.0] * 3
     if blend:

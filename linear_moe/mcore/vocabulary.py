@@ -18,7 +18,8 @@ from linear_moe.data.tokenizer import load_tokenizer, vocabulary_digest
 logger = logging.getLogger(__name__)
 
 LARGEST_RECORD = 2**16  # bytes; a larger <prefix>.json is not one that `preprocess` wrote
-SCANNED = 2**30  # of a file without a record so many bytes are read at most: seconds
+SCANNED = 2**30  # bytes of data without a record that are looked through at most: seconds
+PIECE = 2**20  # tokens
 
 
 def patch_padding() -> None:
@@ -55,7 +56,8 @@ def check_vocabulary(args, prefixes: Iterable[str]) -> None:
     """Refuse a model that is too small for its tokenizer, and data of another tokenizer.
 
     Call it after Megatron has built its tokenizer. What a ``<prefix>.json`` says is compared; without one the largest
-    token id is looked for in the data itself: in all of it, or beyond SCANNED bytes in pieces that lie evenly.
+    token id is looked for in the data itself: in all of it, or, if that is more than SCANNED bytes, in pieces that lie
+    evenly.
 
     Raises:
         ValueError: with the file, the numbers and the tokenizers.
@@ -64,7 +66,8 @@ def check_vocabulary(args, prefixes: Iterable[str]) -> None:
     if args.padded_vocab_size < size:
         raise ValueError(f"padded_vocab_size ({args.padded_vocab_size}) is below the tokenizer's {size} tokens")
     own = args.tokenizer_model or args.tokenizer_type
-    for prefix in dict.fromkeys(prefixes):
+    prefixes = list(dict.fromkeys(prefixes))
+    for prefix in prefixes:
         record = _record(prefix)
         made_with = f" ({record['tokenizer']})" if "tokenizer" in record else ""
         limit = size
@@ -72,7 +75,10 @@ def check_vocabulary(args, prefixes: Iterable[str]) -> None:
             if record["vocabulary"] != _digest(own):
                 raise ValueError(f"{prefix} is of another tokenizer{made_with} than {own}: their vocabularies differ")
             limit = args.padded_vocab_size  # a vocabulary may have gaps, so that its ids go beyond its size
-        largest = record["largest_id"] if "largest_id" in record else _largest_id(prefix)
+        if "largest_id" in record:
+            largest = record["largest_id"]
+        else:
+            largest = _largest_id(prefix, SCANNED // len(prefixes))
         if largest >= limit:
             raise ValueError(
                 f"{prefix} is of another tokenizer{made_with} than {own}: it has token id {largest}, and the model's "
@@ -102,9 +108,9 @@ def _digest(tokenizer: str) -> str:
     return vocabulary_digest(load_tokenizer(tokenizer))
 
 
-def _largest_id(prefix: str) -> int:
+def _largest_id(prefix: str, most: int) -> int:
+    """The largest token id in pieces of `most` bytes together, or in one piece if that is more."""
     tokens = np.memmap(f"{prefix}.bin", dtype=IndexedDataset(prefix).index.dtype, mode="r")
-    piece = 2**20
-    pieces = range(0, tokens.size, piece)
-    step = max(1, -(-tokens.nbytes // SCANNED))
-    return max(int(tokens[start : start + piece].max()) for start in pieces[::step])
+    starts = range(0, tokens.size, PIECE)
+    step = max(1, -(-tokens.nbytes // most))
+    return max(int(tokens[start : start + PIECE].max()) for start in starts[::step])

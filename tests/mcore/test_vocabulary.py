@@ -117,15 +117,16 @@ def test_a_model_smaller_than_its_tokenizer_is_refused(folder, args):
         check_vocabulary(small, [str(folder / "data300")])
 
 
-def test_large_data_are_read_in_pieces(tmp_path, monkeypatch):
+def test_large_data_are_read_in_pieces(tmp_path):
     tokens = np.zeros(5 * 2**20, np.uint16)
     tokens[2**20], tokens[3 * 2**20], tokens[-1] = 5, 7, 9
     builder = IndexedDatasetBuilder(str(tmp_path / "data.bin"), dtype=np.uint16)
     builder.add_document(tokens, [tokens.size])
     builder.finalize(str(tmp_path / "data.idx"))
-    assert vocabulary._largest_id(str(tmp_path / "data")) == 9
-    monkeypatch.setattr(vocabulary, "SCANNED", tokens.nbytes // 3 + 1)
-    assert vocabulary._largest_id(str(tmp_path / "data")) == 7, "of the first and the fourth of five pieces"
+    assert vocabulary._largest_id(str(tmp_path / "data"), vocabulary.SCANNED) == 9
+    some = tokens.nbytes // 3 + 1
+    assert vocabulary._largest_id(str(tmp_path / "data"), some) == 7, "of the first and the fourth of five pieces"
+    assert vocabulary._largest_id(str(tmp_path / "data"), 1) == 0, "of the first"
 
 
 @pytest.mark.parametrize("key", ["tokens", "labels"])
