@@ -2,6 +2,7 @@ from setuptools import find_packages, setup
 
 extras = {
     "data": ["tokenizers>=0.20", "transformers>=5.0", "tqdm>=4.66"],
+    "sft": ["datasets>=2.18", "transformers>=5.0"],
     "hf": ["safetensors>=0.4", "transformers>=5.0"],
     "eval": ["lm-eval>=0.4.8"],
     "look": ["matplotlib>=3.9", "tensorboard>=2.17"],

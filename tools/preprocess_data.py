@@ -26,7 +26,11 @@ def main() -> None:
     parser.add_argument("--tokenizer-output", metavar="DIR", help="where --train-bpe saves the tokenizer")
     parser.add_argument("--json-key", default="text", help="key of the text in .jsonl lines (default: %(default)s)")
     parser.add_argument(
-        "--pattern", nargs="+", metavar="GLOB", help="files to take in folders (default: *.txt, *.jsonl and their .gz)"
+        "--pattern",
+        nargs="+",
+        metavar="GLOB",
+        help="files to take in folders (default: *.txt, *.jsonl, *.ndjson, *.jsonlines and their .gz); "
+        "what a pattern ends in is text, whatever it is called",
     )
     parser.add_argument("--workers", type=int, help="processes (default: every core)")
     args = parser.parse_args()

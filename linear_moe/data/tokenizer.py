@@ -1,5 +1,7 @@
 """Tokenizers: train a small byte-level BPE, load any Hugging Face tokenizer, turn documents into token arrays."""
 
+import hashlib
+import json
 import multiprocessing
 import os
 import random
@@ -111,6 +113,12 @@ def load_tokenizer(name: str | Path) -> Any:
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer {str(name)!r} has no eos token, which has to end each document")
     return tokenizer
+
+
+def vocabulary_digest(tokenizer: Any) -> str:
+    """A short name for what the ids of a tokenizer (as from `load_tokenizer`) mean: equal where they mean the same."""
+    pairs = sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
 
 
 class Encoder:

@@ -18,13 +18,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import yaml
 
 from linear_moe.evaluation.mqar_report import plot, require_matplotlib, table
 from linear_moe.evaluation.mqar_size import measure, with_parameters, with_state
 from linear_moe.evaluation.mqar_task import Task
 from linear_moe.evaluation.mqar_train import read_log, run_config
 from linear_moe.mcore.arguments import read_config
+from linear_moe.mcore.yaml_text import parse_yaml
 
 # What a mixer's name alone stands for: two layers, with short convolutions (a key must meet its value).
 BASE = {
@@ -82,10 +82,7 @@ def parse_options(text: str) -> dict[str, object]:
     Raises:
         ValueError: anything else.
     """
-    try:
-        options = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"not YAML: {text!r} ({error})") from None
+    options = parse_yaml(text, f"options {text!r}")
     if not isinstance(options, dict):
         raise ValueError(f"options are a YAML mapping such as {{num-layers: 4}}, not {text!r}")
     return options

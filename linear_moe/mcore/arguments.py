@@ -12,19 +12,21 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
-import yaml
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.training.arguments import add_megatron_arguments
 
 from linear_moe.mcore.checkpoint import CHECKPOINT_DEFAULTS
 from linear_moe.mcore.cpu import cpu_defaults
 from linear_moe.mcore.specs import LayerOptions, expand_pattern, mixer_options
+from linear_moe.mcore.vocabulary import patch_padding
+from linear_moe.mcore.yaml_text import parse_yaml
 from linear_moe.mom import MoMConfig
 from linear_moe.ssm import MIXERS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add our flags to a Megatron parser; give it to Megatron as ``extra_args_provider``."""
+    patch_padding()  # here, because Megatron pads the vocabulary while it parses
     parser.usage = "%(prog)s [--config FILE.yaml] [flags of Megatron and of linear_moe]"  # all 700 would hide an error
     group = parser.add_argument_group("linear_moe")
     group.add_argument(
@@ -87,10 +89,10 @@ def _local_defaults() -> dict:
 def _json_object(text: str, example: str = '{"head_dim": 64}') -> dict:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"not JSON ({error}); write it as {example}: {text!r}") from None
+    except (ValueError, RecursionError) as error:  # not JSON, a number of too many digits, brackets too deep
+        raise argparse.ArgumentTypeError(f"not JSON ({error}); write it as {example}: {text[:80]!r}") from None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"must be a JSON object, but is {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a JSON object, but is {text[:80]!r}")
     return value
 
 
@@ -168,7 +170,7 @@ def _actions() -> dict[str, argparse.Action]:
 
 
 def read_config(path: str | Path) -> dict:
-    """A YAML mapping of arguments, its keys with ``-``.
+    """A YAML 1.2 mapping of arguments, its keys with ``-``.
 
     ``base: other.yaml``, relative to the file, names a mapping that it overrides key by key; null takes a key back.
 
@@ -186,10 +188,7 @@ def _read_config(path: Path, above: tuple[Path, ...]) -> dict:
         raise ValueError(f"configuration {path} is its own base: {' -> '.join(map(str, chain))}")
     if not path.is_file():
         raise ValueError(f"{named} does not exist")
-    try:
-        config = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{named} is not valid YAML: {error}") from None
+    config = parse_yaml(path.read_bytes(), named)
     if not isinstance(config, dict):
         raise ValueError(f"{named} must map argument names to values, but is a {type(config).__name__}")
     config = {str(key).replace("_", "-"): value for key, value in config.items()}

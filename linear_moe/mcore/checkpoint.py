@@ -59,8 +59,11 @@ def check_checkpoint(args) -> None:
     if differing:
         lines = [f"  {n}: {_value(saved, n)!r} in the checkpoint, {_value(args, n)!r} now" for n in differing]
         raise ValueError("\n".join([f"the checkpoint {path} is of another architecture:", *lines]))
+    _check_vocabulary(path, saved, args)
     if not (args.finetune or args.no_load_optim or getattr(saved, "no_save_optim", False)):
         _check_optimizer(path, saved, args, dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {})
+        if not args.skip_train:
+            _check_schedule(path, common.get("opt_param_scheduler") or {}, args)
 
 
 def _value(args, name: str):
@@ -79,8 +82,6 @@ def _value(args, name: str):
         from linear_moe.mcore.specs import mixer_options
 
         return {letter: options.config for letter, options in mixer_options(args).items()}
-    if name == "vocab_size" and value is None:
-        return getattr(args, "padded_vocab_size", None)
     return value
 
 
@@ -89,11 +90,18 @@ def _differ(saved, args, name: str) -> bool:
         # One of the two programs does not know the option: a plain Megatron script has no mixer, and may not load one.
         return (getattr(saved, name, None) or None) != (getattr(args, name, None) or None)
     if name == "vocab_size" and (saved.vocab_size is None or args.vocab_size is None):
-        # Only the padded size is known, and padding depends on TP; Megatron pads or cuts it when it loads.
-        if saved.tensor_model_parallel_size != args.tensor_model_parallel_size:
-            return False
-        return getattr(saved, "padded_vocab_size", None) != getattr(args, "padded_vocab_size", None)
+        return False  # a tokenizer's; _check_vocabulary looks at the padded size
     return _value(saved, name) != _value(args, name)
+
+
+def _check_vocabulary(path: Path, saved, args) -> None:
+    """Megatron would cut or fill up the embeddings, and their padding takes part in the softmax."""
+    before, now = (getattr(a, "padded_vocab_size", None) for a in (saved, args))
+    if before and now and before != now:
+        raise ValueError(
+            f"the vocabulary in {path} is padded to {before} rows, not {now}: if the tokenizer is the same, "
+            f"--padded-vocab-size {before} loads it as it was trained"
+        )
 
 
 def _check_optimizer(path: Path, saved, args, metadata: dict) -> None:
@@ -114,6 +122,45 @@ def _check_optimizer(path: Path, saved, args, metadata: dict) -> None:
             f"the optimizer state in {path} is stored as {kind!r}, which only another number of data-parallel ranks "
             f"can read ({', '.join(changed)}). Save with --dist-ckpt-optim-fully-reshardable, or {WEIGHTS_ONLY}"
         )
+
+
+def _check_schedule(path: Path, saved: dict, args) -> None:
+    """Megatron asserts that the schedule is the same, but after it has built the model and loaded its parameters."""
+    if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
+        return
+    schedule = _schedule(args)
+    names = [name for name in schedule if name in saved and saved[name] != schedule[name]]
+    if names:
+        changed = [f"{name} {saved[name]} -> {schedule[name]}" for name in names]
+        raise ValueError(
+            f"{path} was trained on another schedule ({', '.join(changed)}; steps are samples): "
+            "--override-opt-param-scheduler goes on with the new one (--lr, --train-iters, batch size and so on), "
+            "--use-checkpoint-opt-param-scheduler with the checkpoint's"
+        )
+
+
+def _schedule(args) -> dict[str, object]:
+    """What Megatron's scheduler will say of itself, steps counted in samples."""
+    if args.train_iters:
+        batch = args.global_batch_size
+        total = args.train_iters * batch
+        decay = (args.lr_decay_iters or args.train_iters) * batch
+        warmup = args.lr_warmup_iters * batch
+    else:
+        total = args.train_samples
+        decay = args.lr_decay_samples or args.train_samples
+        warmup = args.lr_warmup_samples
+    return {
+        "max_lr": args.lr,
+        "min_lr": args.min_lr,
+        "lr_warmup_steps": warmup if args.lr_warmup_fraction is None else args.lr_warmup_fraction * decay,
+        "lr_decay_steps": decay,
+        "lr_decay_style": args.lr_decay_style,
+        "start_wd": args.start_weight_decay,
+        "end_wd": args.end_weight_decay,
+        "wd_incr_steps": total,
+        "wd_incr_style": args.weight_decay_incr_style,
+    }
 
 
 # --- interrupted saves ----------------------------------------------------------------------------------------------

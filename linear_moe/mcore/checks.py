@@ -32,7 +32,7 @@ def check_arguments(args) -> None:
 
 def _check_widths(args, options: LayerOptions) -> None:
     tp = args.tensor_model_parallel_size
-    divided = [("num_attention_heads", args.num_attention_heads)]
+    divided = [("num_attention_heads", args.num_attention_heads), ("padded_vocab_size", args.padded_vocab_size or 0)]
     for choice in options.linear.values():
         divided += [(f"mixer option {name}", getattr(choice.config, name)) for name in ("num_heads", "num_value_heads")]
     if args.multi_latent_attention:
@@ -45,10 +45,12 @@ def _check_widths(args, options: LayerOptions) -> None:
     for name, number in divided:
         if number % tp:
             raise ValueError(f"{name} ({number}) must be divisible by tensor_model_parallel_size ({tp})")
-    if args.group_query_attention and args.num_query_groups % tp and tp % args.num_query_groups:
+    groups = args.num_query_groups
+    if args.group_query_attention and (groups < 1 or args.num_attention_heads % groups):
+        raise ValueError(f"num_query_groups ({groups}) must divide num_attention_heads ({args.num_attention_heads})")
+    if args.group_query_attention and groups % tp and tp % groups:
         raise ValueError(
-            f"num_query_groups ({args.num_query_groups}) must be a multiple or a divisor of "
-            f"tensor_model_parallel_size ({tp})"
+            f"num_query_groups ({groups}) must be a multiple or a divisor of tensor_model_parallel_size ({tp})"
         )
     if args.num_experts and args.num_experts % args.expert_model_parallel_size:
         raise ValueError(

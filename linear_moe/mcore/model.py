@@ -29,6 +29,7 @@ from linear_moe.mcore.checks import check_arguments
 from linear_moe.mcore.cpu import enable_cpu
 from linear_moe.mcore.init import reinitialize
 from linear_moe.mcore.specs import layer_specs
+from linear_moe.mcore.vocabulary import padded_size
 
 
 def model_config(args) -> GPTModelConfig:
@@ -43,6 +44,8 @@ def model_config(args) -> GPTModelConfig:
     """
     check_arguments(args)
     patch_megatron()
+    if args.padded_vocab_size is None and args.vocab_size is not None:  # no tokenizer was built
+        args.padded_vocab_size = padded_size(args.vocab_size, args)
     config = gpt_config_from_args(args)
     options = layer_options(args)
     config.transformer_layer_spec = lambda model, vp_stage=None: layer_specs(model.transformer, options, vp_stage)

@@ -11,12 +11,15 @@ import copy
 import functools
 import inspect
 import itertools
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 
 # Megatron's names for the float32 copy of the parameters; with float32 parameters the plain optimizer has no copy.
 MAIN_PARAMETER = "main_parameter"
+# What a parameter group says of its learning rate and weight decay over time.
+SCHEDULE = ("max_lr", "min_lr", "start_wd", "end_wd")
 
 
 def metadata(args) -> dict:
@@ -169,6 +172,7 @@ def _groups(entry: dict) -> list[dict]:
 def _adapted(optimizer, target: dict, saved: list[dict]) -> dict:
     """The state to load into one optimizer: tensors from `target`, groups and step from wherever they were saved."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.training import get_args
 
     groups = [group for entry in saved for group in _groups(entry)]
     steps = [group["step"] for group in groups if group.get("step") is not None]
@@ -185,9 +189,13 @@ def _adapted(optimizer, target: dict, saved: list[dict]) -> dict:
 
     current = optimizer.optimizer.state_dict()["param_groups"]
     matched = [copy.deepcopy(_match(group, groups)) | {"params": group["params"]} for group in current]
-    for group, now in zip(matched, current, strict=True):
+    override = get_args().override_opt_param_scheduler
+    for group, now, live in zip(matched, current, optimizer.optimizer.param_groups, strict=True):
         group["is_expert_parallel"] = now["is_expert_parallel"]
         group.pop("step", None)
+        # Megatron reads learning rates in the groups, and pairs groups by them once more.
+        source, destination = (now, group) if override else (group, live)
+        destination.update({name: source[name] for name in SCHEDULE if name in source})
     if step is not None and (distributed or not _is_torch_adam(optimizer)):
         for group in matched:
             group["step"] = float(step) if _is_torch_adam(optimizer) else step
@@ -202,17 +210,25 @@ def _adapted(optimizer, target: dict, saved: list[dict]) -> dict:
 
 
 def _match(group: dict, saved: list[dict]) -> dict:
-    """The saved group with the same hyperparameters. Whether experts were parallel is the layout's, not the group's."""
+    """The saved group of the same kind: with the same schedule, or the only other that there is.
+
+    Whether experts were parallel is the layout's, not the group's.
+    """
     from megatron.core.optimizer.optimizer import param_group_identifier_keys
 
-    def identity(g: dict) -> tuple:
-        return tuple(g.get(k, g.get(f"pre_{k}")) for k in param_group_identifier_keys if k != "is_expert_parallel")
-
-    for candidate in saved:
-        if identity(candidate) == identity(group):
-            return candidate
+    kind = [*param_group_identifier_keys, "default_config"]
+    kind = [name for name in kind if name not in ("is_expert_parallel", *SCHEDULE)]
+    alike = [candidate for candidate in saved if _values(candidate, kind) == _values(group, kind)]
+    exact = [candidate for candidate in alike if _values(candidate, SCHEDULE) == _values(group, SCHEDULE)]
+    if exact or len({_values(candidate, SCHEDULE) for candidate in alike}) == 1:
+        return (exact or alike)[0]
+    names = (*kind, *SCHEDULE)
     raise ValueError(
-        f"the checkpoint's optimizer has no parameter group with {identity(group)} but {list(map(identity, saved))} "
-        f"(the order is {', '.join(k for k in param_group_identifier_keys if k != 'is_expert_parallel')}). "
-        "Were --lr or --min-lr changed? --no-load-optim loads the weights only"
+        f"the checkpoint's optimizer has no one parameter group for {_values(group, names)} in "
+        f"{[_values(candidate, names) for candidate in saved]} (the order is {', '.join(names)}). "
+        "--no-load-optim loads the weights only"
     )
+
+
+def _values(group: dict, names: Iterable[str]) -> tuple:
+    return tuple(group.get(name, group.get(f"pre_{name}")) for name in names)

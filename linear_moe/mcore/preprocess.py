@@ -17,7 +17,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from linear_moe.data.text import find_files, iterate_documents
-from linear_moe.data.tokenizer import Encoder, encode_parallel, load_tokenizer
+from linear_moe.data.tokenizer import Encoder, encode_parallel, load_tokenizer, vocabulary_digest
 
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document indices
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -25,12 +25,16 @@ _MAGIC = b"MMIDIDX\x00\x00"
 
 @dataclass(frozen=True)
 class Corpus:
-    """What was written: also in `<prefix>.json`, because bits per byte needs tokens and bytes of the same text."""
+    """What was written: also in `<prefix>.json`, because bits per byte needs tokens and bytes of the same text, and
+    training wants to know whether its tokenizer is this one.
+    """
 
     documents: int
     tokens: int  # one EOD a document included
     bytes: int  # UTF-8, without EODs
     tokenizer: str
+    vocabulary: str  # the tokenizer's `vocabulary_digest`
+    largest_id: int  # of all tokens
 
 
 def preprocess(
@@ -55,7 +59,8 @@ def preprocess(
     """
     workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     files = find_files(paths, patterns)
-    encoder = Encoder(load_tokenizer(tokenizer))
+    loaded = load_tokenizer(tokenizer)
+    encoder = Encoder(loaded)
     # Not above: training needs check_dataset without the `data` extra, of which tqdm is a part.
     from tqdm import tqdm
 
@@ -63,7 +68,7 @@ def preprocess(
     prefix.parent.mkdir(parents=True, exist_ok=True)
     partial = f"{prefix}.partial-{os.getpid()}"
     builder = IndexedDatasetBuilder(f"{partial}.bin", dtype=encoder.dtype)
-    documents = tokens = text_bytes = 0
+    documents = tokens = text_bytes = largest_id = 0
     try:
         with tqdm(
             total=sum(f.stat().st_size for f in files),
@@ -79,11 +84,12 @@ def preprocess(
                 documents += chunk.lengths.size
                 tokens += chunk.tokens.size
                 text_bytes += chunk.text_bytes
+                largest_id = max(largest_id, int(chunk.tokens.max()))
                 bar.update(chunk.disk_bytes)
                 bar.set_postfix_str(f"{documents} documents, {tokens / 1e6:.1f}M tokens", refresh=False)
         if not documents:
             raise ValueError(f"no text in {', '.join(map(str, paths))}: every document is empty")
-        corpus = Corpus(documents, tokens, text_bytes, str(tokenizer))
+        corpus = Corpus(documents, tokens, text_bytes, str(tokenizer), vocabulary_digest(loaded), largest_id)
         builder.finalize(f"{partial}.idx")
         Path(f"{partial}.json").write_text(json.dumps(asdict(corpus), indent=2) + "\n")
         _publish(partial, prefix)

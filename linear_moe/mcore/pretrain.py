@@ -22,7 +22,7 @@ from megatron.core.utils import (
     get_attr_wrapped_model,
     get_batch_on_this_tp_rank,
 )
-from megatron.training import get_args, get_timers, pretrain, training
+from megatron.training import get_args, get_timers, get_tokenizer, pretrain, training
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.datasets.sft_dataset import SFTDataset
@@ -35,9 +35,10 @@ from linear_moe.mcore.arguments import add_arguments, expand_argv, set_argv
 from linear_moe.mcore.checkpoint import check_checkpoint
 from linear_moe.mcore.checks import check_arguments
 from linear_moe.mcore.cpu import enable_cpu
+from linear_moe.mcore.data_checks import check_data, data_sources
 from linear_moe.mcore.logs import install_telemetry
 from linear_moe.mcore.model import model_config
-from linear_moe.mcore.preprocess import check_dataset
+from linear_moe.mcore.vocabulary import check_vocabulary, padded_size
 
 SPIKE = 10  # a loss this many times larger than the largest so far is reported with --check-for-spiky-loss
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
@@ -70,7 +71,11 @@ def prepare(argv: list[str]):
     except AssertionError as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         raise ValueError(f"Megatron refuses these arguments: {str(error) or where.line}") from error
+    if args.padded_vocab_size is None:  # --no-pad-vocab-size
+        args.padded_vocab_size = padded_size(get_tokenizer().vocab_size, args)
     check_checkpoint(args)
+    if args.rank == 0 and not (args.mock_data or args.sft):  # it may read a whole file
+        check_vocabulary(args, [prefix for source in data_sources(args).values() for prefix in source.prefixes])
     return args
 
 
@@ -89,37 +94,6 @@ def train(args, provider=None, step=None) -> None:
         ModelType.encoder_or_decoder,
         step or forward_step,
     )
-
-
-def check_data(args) -> None:
-    """Refuse data files that are missing, damaged or too small.
-
-    Raises:
-        ValueError: naming the file and what is wrong with it.
-    """
-    if args.mock_data or args.sft:
-        return
-    paths = {
-        "cut": args.data_path,  # by --split
-        "train": args.train_data_path,
-        "valid": args.valid_data_path,
-        "test": args.test_data_path,
-    }
-    if not any(paths.values()) and not args.data_args_path and not args.per_split_data_args_path:
-        raise ValueError("no data: give --data-path PREFIX (tools/preprocess_data.py makes one) or --mock-data")
-    for kind, words in paths.items():
-        for word in words or ():
-            if not _is_weight(word):
-                check_dataset(word, args.seq_length, split=(args.split or "969, 30, 1") if kind == "cut" else None)
-
-
-def _is_weight(word: str) -> bool:
-    """A blend alternates weights and prefixes."""
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
@@ -176,6 +150,7 @@ def get_batch(data_iterator, vp_stage=None) -> dict[str, torch.Tensor | None]:
     batch = {}
     if tp_rank == 0:
         read = next(data_iterator)
+        _check_ids(args, read)
         keys = (*BATCH_KEYS, *PACK_KEYS, "local_cp_size", "hybrid_cp_group")
         batch = {k: None if read.get(k) is None else read[k].cuda(non_blocking=True) for k in keys}
     batch = get_batch_on_this_tp_rank(
@@ -195,6 +170,13 @@ def get_batch(data_iterator, vp_stage=None) -> dict[str, torch.Tensor | None]:
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
     return flatten_batch_for_packed_sequences(batch)
+
+
+def _check_ids(args, read: dict[str, torch.Tensor]) -> None:
+    """A large file without a record was only checked in part, and tensor parallelism takes any id without a word."""
+    largest = max(int(read[key].max()) for key in ("tokens", "labels"))  # still on the CPU
+    if largest >= args.padded_vocab_size:
+        raise ValueError(f"the data has token id {largest}, beyond the model's vocabulary of {args.padded_vocab_size}")
 
 
 def packed_seq_params(batch: dict) -> PackedSeqParams | None:

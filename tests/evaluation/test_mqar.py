@@ -173,8 +173,9 @@ def test_models_are_named_in_words(tmp_path):
     assert parse_model("top=softmax")[1]["layer-pattern"] == "N"
     file = tmp_path / "x.yaml"
     file.write_text("num-layers: 3\nmixer_args: {conv_size: 2}\n")
-    name, config = parse_model(f"mine={file}{{mixer-args: {{num_heads: 1}}}}")
-    assert name == "mine" and config == {"num-layers": 3, "mixer-args": {"conv_size": 2, "num_heads": 1}}
+    name, config = parse_model(f"mine={file}{{mixer-args: {{num_heads: 1, norm_eps: 1e-6}}}}")
+    assert name == "mine"
+    assert config == {"num-layers": 3, "mixer-args": {"conv_size": 2, "num_heads": 1, "norm_eps": 1e-6}}
     assert merge({"a-b": 1}, {"a_b": 2}) == {"a-b": 2}
 
 
@@ -182,7 +183,7 @@ def test_models_are_named_in_words(tmp_path):
     ("models", "changes", "message"),
     [
         (["gla{"], {}, "a model is"),
-        (["gla{a: [}"], {}, "not YAML"),
+        (["gla{a: [}"], {}, "options .* is not valid YAML"),
         (["gla+mon"], {}, r"only \+mom or \+mom-single-kv may stand, not '\+mon'"),
         (["gla{num_heads: 3}"], {}, "unknown key 'num-heads'"),
         (["nowhere.yaml"], {}, "nowhere.yaml does not exist"),

@@ -79,6 +79,36 @@ def test_bad_configuration_files(tmp_path):
         expand_argv(["--config", str(path)])
 
 
+def test_yaml_numbers_and_words(tmp_path):
+    """As a user means them: YAML 1.1 takes 1e-6 for text, and NO, a pattern, for false."""
+    path = tmp_path / "model.yaml"
+    path.write_text(
+        "layer-pattern: NO\nmixer: {O: gla}\nmixer-args: {O: {norm_eps: 1e-6, gate_rank: 010, conv_size: 4}}\n"
+        "lr: 1E-3\nmin-lr: .5\nseed: 010\nsave: 2026-01-01\nload: ~\nqk-layernorm: true\nswiglu: False\n"
+    )
+    config = read_config(path)
+    assert config["mixer-args"] == {"O": {"norm_eps": 1e-6, "gate_rank": "010", "conv_size": 4}}
+    assert config["layer-pattern"] == "NO"
+    args = parse(config_argv(config))
+    assert (args.lr, args.min_lr, args.seed, args.save, args.load) == (1e-3, 0.5, 10, "2026-01-01", None)
+    assert args.qk_layernorm and not args.swiglu
+    for word in ("NULL", "TRUE", "ON", "Y", "E", "INF"):
+        path.write_text(f"layer-pattern: {word}\n")
+        assert read_config(path) == {"layer-pattern": word}
+
+
+UNREADABLE = {"deep": b"a: " + b"[" * 2000, "digits": b"a: " + b"1" * 5000, "latin": b"a: \xe9\n", "open": b"a: [1\n"}
+
+
+@pytest.mark.parametrize("content", UNREADABLE.values(), ids=UNREADABLE)
+def test_yaml_that_cannot_be_read_is_one_line(tmp_path, content):
+    path = tmp_path / "model.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^configuration {path} is not valid YAML: .+") as error:
+        read_config(path)
+    assert "\n" not in str(error.value)
+
+
 def test_base_configurations(tmp_path):
     """A file overrides its base, key by key, whatever the spelling; null takes a key back."""
     (tmp_path / "below").mkdir()
@@ -133,9 +163,12 @@ def test_unknown_flag_suggests(tmp_path):
         expand_argv(["--config", str(path), "--num-layer", "3"])
 
 
-def test_mixer_args_must_be_json(capsys):
+@pytest.mark.parametrize(
+    "text", ["head_dim=64", '{"head_dim": %s}' % ("[" * 99999), '{"head_dim": %s}' % ("1" * 5000)], ids=["=", "[", "1"]
+)
+def test_mixer_args_must_be_json(capsys, text):
     with pytest.raises(SystemExit):
-        parse(["--mixer-args", "head_dim=64"])
+        parse(["--mixer-args", text])
     assert 'write it as {"head_dim": 64}' in capsys.readouterr().err
 
 
@@ -165,8 +198,20 @@ RESIDUAL = '--mixer rwkv7 --mixer-args {"value_residual":true}'
             r"num_attention_heads \(4\) must be divisible by tensor_model_parallel_size \(3\)",
         ),
         (
-            "--tensor-model-parallel-size 2 --group-query-attention --num-query-groups 3",
+            "--num-attention-heads 6 --hidden-size 36 --tensor-model-parallel-size 2 --group-query-attention "
+            "--num-query-groups 3",
             r"num_query_groups \(3\) must be a multiple or a divisor of tensor_model_parallel_size \(2\)",
+        ),
+        *(
+            (
+                f"--group-query-attention --num-query-groups {n}",
+                rf"groups \({n}\) must divide num_attention_heads \(4\)",
+            )
+            for n in (3, 8, 0, -2)
+        ),
+        (
+            "--tensor-model-parallel-size 4 --padded-vocab-size 301",
+            r"padded_vocab_size \(301\) must be divisible by tensor_model_parallel_size \(4\)",
         ),
         (
             '--tensor-model-parallel-size 4 --mixer-args {"num_heads":2}',

@@ -139,7 +139,7 @@ def test_an_error_on_the_way_leaves_an_older_corpus_as_it_was(tokenizer, tmp_pat
 def test_the_tool_says_an_error_in_one_line(tmp_path, monkeypatch):
     arguments = ["--input", tmp_path, "--output-prefix", tmp_path / "o", "--tokenizer", tmp_path]
     monkeypatch.setattr(sys, "argv", [str(a) for a in [TOOL, *arguments]])
-    with pytest.raises(SystemExit, match=r"^error: no file in .* matches \*\.txt"):
+    with pytest.raises(SystemExit, match=r"^error: no text in .* matches \*\.txt"):
         runpy.run_path(str(TOOL), run_name="__main__")
 
 

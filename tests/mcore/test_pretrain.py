@@ -6,12 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from linear_moe.evaluation.plots import read_scalars
+from linear_moe.mcore import data_checks
 from linear_moe.mcore.arguments import expand_argv
 from linear_moe.mcore.checks import check_arguments
-from linear_moe.mcore.pretrain import _is_weight, main
+from linear_moe.mcore.data_checks import check_data
+from linear_moe.mcore.pretrain import main
 from tests.mcore.test_arguments import parse
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,6 +27,17 @@ def pretrain(*flags, cwd):
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     environment |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """The prefix of data with 4 documents of 200 tokens."""
+    prefix = str(tmp_path_factory.mktemp("corpus") / "words")
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for _ in range(4):
+        builder.add_document(np.arange(200, dtype=np.uint16), [200])
+    builder.finalize(f"{prefix}.idx")
+    return prefix
 
 
 MOCK = "--mock-data --tokenizer-type NullTokenizer --vocab-size 511".split()
@@ -75,5 +90,67 @@ def test_every_configuration_is_valid(path):
     check_arguments(args)
 
 
-def test_blends_alternate_weights_and_prefixes():
-    assert [_is_weight(word) for word in ("0.3", "30", "corpus", "1e-3")] == [True, True, False, True]
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--data-path DATA --split 100,0,0", "no validation set (--split 100,0,0): give one"),
+        ("--train-data-path DATA", "no validation set (only training data): give one (--valid-data-path, or a share"),
+        ("--train-data-path DATA --test-data-path DATA", "no validation set (only training and test data)"),
+        (
+            "--data-path DATA --split 100,0,0 --full-validation --multiple-validation-sets --eval-iters 0",
+            "no validation",
+        ),
+        ("--data-path DATA --split 0,100,0", "no training set (--split 0,100,0): give one, or --skip-train"),
+        ("--valid-data-path DATA", "no training set (only validation data)"),
+        ("--data-path DATA --split 0,0,0", "--split 0,0,0 must be up to three numbers, not all 0"),
+        ("--data-path DATA --split 1,2,3,4", "--split 1,2,3,4 must be up to three numbers"),
+        ("--train-data-path DATA --valid-data-path DATA --full-validation", "must be given together"),
+        ("--mock-data --multiple-validation-sets", "must be given together"),
+        (
+            "--train-data-path DATA --valid-data-path 1 DATA 2 DATA --full-validation --multiple-validation-sets",
+            "--full-validation reads every validation set once: give the sets without weights",
+        ),
+        (
+            "--data-path 0.5 DATA DATA --split 1,1,0",
+            "DATA: in a blend give every prefix a weight before it (0.3 a 0.7 b), or none",
+        ),
+        ("--data-path DATA 0.5 --split 1,1,0", "DATA 0.5: in a blend give every prefix a weight"),
+        ("--data-path 1 DATA 0 DATA --split 1,1,0", "weights must be above 0, but are [1.0, 0.0]; leave out"),
+        ("--data-path 1 DATA nan DATA --split 1,1,0", "weights must be above 0, but are [1.0, nan]"),
+        ("--data-path DATA DATA 3 DATA4 --split 1,1,0", "give every prefix a weight"),
+        ("--data-args-path nowhere.txt", "the data's paths cannot be read (FileNotFoundError"),
+    ],
+    ids=lambda value: value if value.startswith("--") else "",
+)
+def test_data_flags_that_cannot_work(flags, message, corpus):
+    with pytest.raises(ValueError, match=re.escape(message.replace("DATA", corpus))) as error:
+        check_data(parse(["--seq-length", "64", *flags.replace("DATA", corpus).split()]))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--data-path DATA --split 1,1,0",
+        "--data-path DATA --split 100,0,0 --eval-iters 0",
+        "--train-data-path DATA --eval-iters 0",
+        "--data-path 0.3 DATA 1e-3 DATA --split 1,1,0",
+        "--data-path DATA DATA --split 1,1",
+        "--train-data-path DATA --valid-data-path DATA DATA --full-validation --multiple-validation-sets",
+        "--valid-data-path DATA --skip-train",
+    ],
+)
+def test_data_flags_that_work(flags, corpus):
+    check_data(parse(["--seq-length", "64", *flags.replace("DATA", corpus).split()]))
+
+
+def test_chats_need_their_packages_tokenizer_and_files(corpus, monkeypatch):
+    flags = ["--sft", "--data-path", corpus, "--split", "1,1,0", "--tokenizer-type"]
+    monkeypatch.setattr(data_checks, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"--sft needs datasets and transformers: pip install 'linear-moe\[sft\]'"):
+        check_data(parse([*flags, "SFTTokenizer"]))
+    monkeypatch.setattr(data_checks, "find_spec", lambda name: name)
+    with pytest.raises(ValueError, match="--sft needs --tokenizer-type SFTTokenizer, which knows chats, not TikTok"):
+        check_data(parse([*flags, "TikTokenizer"]))
+    with pytest.raises(ValueError, match=rf"{corpus} does not exist: --sft reads \.jsonl files"):
+        check_data(parse([*flags, "SFTTokenizer"]))

@@ -19,7 +19,8 @@ import torch.distributed.checkpoint as dcp
 from linear_moe.mcore.checkpoint import patch_megatron
 from linear_moe.mcore.cpu import enable_cpu
 
-# A model small enough that a run takes seconds; vocabulary and batch divide by every layout of 4 processes. No data.
+# A model small enough that a run takes seconds; its batch divides by every layout of 4 processes, and its vocabulary is
+# one that Megatron itself pads to 384 in one process and to 512 under TP 2. No data.
 # Adam divides by the gradient's size: with its usual epsilon of 1e-8 it blows rounding up where gradients vanish.
 TINY = """--num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --seq-length 32
     --max-position-embeddings 32 --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
@@ -27,7 +28,7 @@ TINY = """--num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-h
     --micro-batch-size 1 --global-batch-size 4 --train-iters 5 --lr 1e-2 --lr-warmup-iters 2 --lr-decay-iters 10
     --min-lr 1e-3 --lr-decay-style cosine --weight-decay 0.1 --clip-grad 1.0 --adam-eps 1e-6 --log-interval 1
     --eval-iters 0 --eval-interval 1000
-    --split 100,0,0 --tokenizer-type NullTokenizer --vocab-size 127 --make-vocab-size-divisible-by 32
+    --split 100,0,0 --tokenizer-type NullTokenizer --vocab-size 300
     --distributed-timeout-minutes 1 --seed 1234 --save-interval 1000""".split()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from linear_moe.mcore import checkpoint
+from linear_moe.mcore import checkpoint, optimizer_state
 from tests.parallel import harness
 from tests.parallel.launch import Case, run_cases
 from tests.parallel.test_layouts import DENSE
@@ -21,13 +21,29 @@ from tests.parallel.test_layouts import DENSE
 ROOT = Path(__file__).resolve().parents[2]
 
 
+LONGER = "--train-iters 7 --lr-decay-iters 7 --lr-warmup-iters 1 --lr 4e-2 --min-lr 2e-3 --lr-decay-style linear"
+RESUMED = {  # name: flags of a run that goes on from iteration 2
+    "new": f"{LONGER} --override-opt-param-scheduler",
+    "new-dist": f"{LONGER} --override-opt-param-scheduler --use-distributed-optimizer",
+    "kept": f"{LONGER} --use-checkpoint-opt-param-scheduler",
+}
+
+
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory, data):
+def runs(tmp_path_factory, data):
+    """The run "one", which saves at iterations 2, 4 and 5, and those that go on from it."""
+    folder, function = str(tmp_path_factory.mktemp("saved") / "one"), "tests.parallel.test_layouts:train"
+    cases = [Case("one", function, {"data": data, "flags": DENSE, "save": folder})]
+    for name, flags in RESUMED.items():
+        cases.append(Case(name, function, {"data": data, "flags": f"{DENSE} {flags}", "load": folder}))
+    return run_cases(1, cases)
+
+
+@pytest.fixture(scope="module")
+def saved(runs):
     """A folder with checkpoints of iterations 2, 4 and 5."""
-    folder = str(tmp_path_factory.mktemp("saved") / "one")
-    case = Case("one", "tests.parallel.test_layouts:train", {"data": data, "flags": DENSE, "save": folder})
-    assert run_cases(1, [case])["one"].result.iterations == [1, 2, 3, 4, 5]
-    return Path(folder)
+    assert runs["one"].result.iterations == [1, 2, 3, 4, 5]
+    return Path(runs["one"].result.save)
 
 
 def test_killed_while_saving(saved, data, tmp_path):
@@ -84,6 +100,62 @@ def test_another_architecture_is_refused(saved):
     with pytest.raises(ValueError, match="mixer_args"):
         checkpoint.check_checkpoint(arguments(saved, mixer_args={"conv_size": 3}))
     checkpoint.check_checkpoint(arguments(saved, mixer_args={"conv_size": 4}))  # the default, written out
+
+
+def test_another_padding_of_the_vocabulary_is_refused(saved):
+    """As Megatron's own under TP 2."""
+    with pytest.raises(ValueError, match=r"padded to 384 rows, not 512: .* --padded-vocab-size 384 loads it"):
+        checkpoint.check_checkpoint(arguments(saved, padded_vocab_size=512))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_iters": 9}, r"wd_incr_steps 20 -> 36"),
+        ({"lr": 0.02, "min_lr": 0.0}, r"max_lr 0\.01 -> 0\.02, min_lr 0\.001 -> 0\.0"),
+        ({"global_batch_size": 8}, r"lr_warmup_steps 8 -> 16, lr_decay_steps 40 -> 80, wd_incr_steps 20 -> 40"),
+        ({"lr_warmup_fraction": 0.5}, r"lr_warmup_steps 8 -> 20\.0"),
+        ({"lr_decay_iters": None}, r"lr_decay_steps 40 -> 20"),
+        (
+            {"end_weight_decay": 0.2, "lr_decay_style": "linear"},
+            r"lr_decay_style cosine -> linear, end_wd 0\.1 -> 0\.2",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_another_schedule_is_refused(saved, changes, message):
+    with pytest.raises(ValueError, match=rf"another schedule \({message}; .*--override-opt-param-scheduler") as error:
+        checkpoint.check_checkpoint(arguments(saved, **changes))
+    assert "\n" not in str(error.value)
+    for switch in ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler", "no_load_optim", "finetune"):
+        checkpoint.check_checkpoint(arguments(saved, **changes, **{switch: True}))
+
+
+@pytest.mark.parametrize("name", ["new", "new-dist"])
+def test_a_new_schedule_goes_on_from_a_checkpoint(runs, name):
+    """Falling from 4e-2 after 1 iteration to 2e-3 after 7; the scheduler steps before the logged rate is taken."""
+    run = runs[name].result
+    assert run.iterations == [3, 4, 5, 6, 7]
+    assert run.learning_rates == pytest.approx([2e-3 + 3.8e-2 * (7 - done) / 6 for done in run.iterations])
+
+
+def test_groups_are_paired_by_what_they_are_for():
+    """A new --lr that happens to be the old --decoupled-lr is still that of everything else."""
+
+    def groups(lr, decoupled):
+        rates = [(lr, True), (decoupled, False)]
+        return [{"max_lr": rate, "min_lr": 0.0, "wd_mult": 1.0, "default_config": default} for rate, default in rates]
+
+    saved = groups(1e-2, 1e-3)
+    assert [optimizer_state._match(group, saved) for group in groups(1e-3, 1e-4)] == saved
+    with pytest.raises(ValueError, match=r"no one parameter group for \(.*3\.0.*the order is .*wd_mult.*max_lr"):
+        optimizer_state._match({**saved[0], "max_lr": 3.0}, [*saved, {**saved[0], "max_lr": 4.0}])
+
+
+def test_a_checkpoint_keeps_its_schedule(runs):
+    before, after = runs["one"].result, runs["kept"].result
+    assert after.learning_rates[:3] == before.learning_rates[2:]
+    assert after.losses[:3] == before.losses[2:]
 
 
 def test_the_command_line_says_so(saved, data):
