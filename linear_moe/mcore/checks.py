@@ -6,6 +6,7 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 
 from linear_moe.mcore.arguments import layer_options
 from linear_moe.mcore.specs import LayerOptions, moe_layers
+from linear_moe.ssm.declaration import check_declaration
 
 
 def check_arguments(args) -> None:
@@ -26,7 +27,9 @@ def check_arguments(args) -> None:
     _check_layout(args)
     _check_training(args, options)
     for letter, choice in options.linear.items():
-        if choice.mixer(choice.config).value_residual:
+        mixer = choice.mixer(choice.config)
+        check_declaration(mixer)
+        if mixer.value_residual:
             _check_value_residual(args, options, letter)
 
 
