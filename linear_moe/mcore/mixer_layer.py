@@ -45,8 +45,8 @@ class MixerLayer(MegatronModule):
 
     Args:
         config, submodules, layer_number (from 1), pg_collection: as Megatron gives them to self-attention.
-        mixer: the mixer's class. mixer_config: its options. mom: Mixture-of-Memories, or None.
-        first_values, recompute: see MixerCore.
+        mixer: the mixer's class. mixer_config: its options. depth, num_mixers: see Mixer's ``layer``, ``num_layers``.
+        mom: Mixture-of-Memories, or None. first_values, recompute: see MixerCore.
     """
 
     def __init__(
@@ -57,6 +57,8 @@ class MixerLayer(MegatronModule):
         *,
         mixer: type[Mixer],
         mixer_config: Mixer.Config,
+        depth: int,
+        num_mixers: int,
         mom: MoMConfig | None,
         first_values: dict[str, Tensor] | None = None,
         recompute: bool = False,
@@ -74,7 +76,7 @@ class MixerLayer(MegatronModule):
             "device": "cpu" if config.use_cpu_initialization else torch.cuda.current_device(),
         }
         self.core = MixerCore(
-            mixer(mixer_config, layer_number - 1, config.num_layers),
+            mixer(mixer_config, depth, num_mixers),
             config.hidden_size,
             memories=mom.projections if mom else 0,
             shards=self.tp_group.size(),
