@@ -71,6 +71,7 @@ def prepare(argv: list[str]):
         where = traceback.extract_tb(error.__traceback__)[-1]
         raise ValueError(f"Megatron refuses these arguments: {str(error) or where.line}") from error
     check_checkpoint(args)
+    args.create_attention_mask_in_dataloader &= args.reset_attention_mask  # else it says no more than the causal order
     return args
 
 

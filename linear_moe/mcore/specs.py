@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from linear_moe.mcore.attention import LatentAttention, TorchAttention
-from linear_moe.mcore.mixer_layer import MixerLayer, MixerLayerSubmodules
+from linear_moe.mcore.mixer_layer import MixerLayer, MixerLayerSubmodules, MixerTransformerLayer
 from linear_moe.mcore.norm import Norm
 from linear_moe.mom import MoMConfig
 from linear_moe.ssm import Mixer, mixer_class
@@ -146,7 +146,7 @@ def layer_specs(config, options: LayerOptions, vp_stage: int | None = None) -> T
             every.append(ModuleSpec(module=TransformerLayer, submodules=layer))
         else:
             layer = _with_mixer(layer, options, depth, use_te, first_values)
-            every.append(ModuleSpec(module=TransformerLayer, submodules=layer))
+            every.append(ModuleSpec(module=MixerTransformerLayer, submodules=layer))
     if config.pipeline_model_parallel_layout is not None:
         layout = config.pipeline_model_parallel_layout
         own = [every[i] for i in layout.get_layer_id_list(layer_type=LayerType.decoder, vp_stage=vp_stage)]
