@@ -48,7 +48,7 @@ MOE_LAYOUTS = {
 PACKED = f"{DENSE} --dataloader-inter-document-masking"
 PACKED_LAYOUTS = {
     "packed": (1, PACKED),
-    "packed-tp2-sp": (2, f"{PACKED} {TP2} {SP}"),
+    "packed-tp2-sp": (2, f"{PACKED} {TP2} {SP} --mixer-recompute"),  # which changes nothing either
     "packed-tp2-sp-pp2": (4, f"{PACKED} {TP2} {SP} {PP2}"),
 }
 # Batches of `masked_step`; where the loss is one of tokens, microbatches count different numbers of them.
