@@ -6,7 +6,7 @@ import torch
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from linear_moe.ssm.sequences import sequence_of
+from linear_moe.ssm.sequences import sequence_of, sequence_positions
 
 
 def packed_cu_seqlens(packed_seq_params) -> Tensor | None:
@@ -41,8 +41,8 @@ def padding_tokens(
     real = None if packed_seq_params is None else packed_seq_params.cu_seqlens_q
     padded = None if packed_seq_params is None else packed_seq_params.cu_seqlens_q_padded
     if padded is not None and padded is not real:
-        place, sequence = _places(padded, shape[1])
-        between = (place >= real.diff()[sequence])[None]
+        lengths = real.diff()[sequence_of(shape[1], padded)]
+        between = sequence_positions(1, shape[1], padded, padded.device) >= lengths
         found = between if found is None else found | between
     return found
 
@@ -82,9 +82,3 @@ def block_causal_mask(cu_seqlens: Tensor, T: int) -> Tensor:
     token = torch.arange(T, device=cu_seqlens.device)
     sequence = torch.searchsorted(cu_seqlens[1:].long(), token, right=True)
     return (sequence[:, None] == sequence) & (token[:, None] >= token)
-
-
-def _places(cu_seqlens: Tensor, T: int) -> tuple[Tensor, Tensor]:
-    """Each token's place in its sequence, and its sequence."""
-    sequence = sequence_of(T, cu_seqlens)
-    return torch.arange(T, device=cu_seqlens.device) - cu_seqlens[sequence], sequence
