@@ -1,6 +1,5 @@
 """Softmax attention that needs no Transformer Engine: the core on torch's SDPA (CPU and GPU), and latent attention."""
 
-import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel.mappings import (
@@ -12,7 +11,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor
 
-from linear_moe.mcore.mixer_layer import packed_cu_seqlens
+from linear_moe.mcore.masks import block_causal_mask, causal_mask, packed_cu_seqlens
+
+CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal, AttnMaskType.causal_bottom_right)
 
 
 class TorchAttention(MegatronModule):
@@ -45,7 +46,7 @@ class TorchAttention(MegatronModule):
                 f"local attention has neither sliding windows (window_size={config.window_size}) nor attention sinks "
                 f"(softmax_type={config.softmax_type}); use --transformer-impl transformer_engine"
             )
-        self.causal = attn_mask_type == AttnMaskType.causal
+        self.mask_type = attn_mask_type
         self.scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
@@ -62,8 +63,12 @@ class TorchAttention(MegatronModule):
     ) -> Tensor:
         """query ``[s, b, heads, d]`` (key and value may have fewer heads), or ``[t, heads, d]`` when packed.
 
-        Returns ``[s, b, heads * d]``, packed ``[t, heads * d]``. attention_mask: True where attention is forbidden;
-        read only where the mask is not plainly causal.
+        Returns ``[s, b, heads * d]``, packed ``[t, heads * d]``. attention_mask: bool, broadcast to ``[b, heads, s,
+        s]``, True where attention is forbidden, beside the causal order and the packs' borders. Where causal queries
+        are fewer than keys they are the last ones.
+
+        Raises:
+            ValueError: an attention_bias, more causal queries than keys, or packs of unequal length.
         """
         if attention_bias is not None:
             raise ValueError("local attention takes no attention_bias")
@@ -71,12 +76,9 @@ class TorchAttention(MegatronModule):
         if packed:
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads, s, d]
-        causal = self.causal if attn_mask_type is None else attn_mask_type == AttnMaskType.causal
-        mask = None
-        if packed:
-            mask, causal = block_causal_mask(packed_cu_seqlens(packed_seq_params), q.shape[2]), False
-        elif not causal and attention_mask is not None:
-            mask = ~attention_mask
+        causal = (attn_mask_type or self.mask_type) in CAUSAL
+        mask = _allowed(q.shape[2], k.shape[2], causal, attention_mask, packed_cu_seqlens(packed_seq_params), q.device)
+        causal = causal and mask is None
         dropout = self.dropout if self.training else 0.0
 
         def attend() -> Tensor:
@@ -91,6 +93,21 @@ class TorchAttention(MegatronModule):
             o = attend()
         o = o.permute(2, 0, 1, 3).flatten(2)
         return o.squeeze(1) if packed else o
+
+
+def _allowed(queries: int, keys: int, causal: bool, attention_mask, cu_seqlens, device) -> Tensor | None:
+    """Bool, broadcast to ``[b, heads, queries, keys]``, True where attention is allowed; None where ``causal`` says it
+    all."""
+    if cu_seqlens is not None and queries != keys:
+        raise ValueError(f"packed sequences need as many keys ({keys}) as queries ({queries})")
+    mask = None
+    if cu_seqlens is not None:
+        mask = block_causal_mask(cu_seqlens, queries)
+    elif causal and (attention_mask is not None or queries != keys):
+        mask = causal_mask(queries, keys, device)
+    if attention_mask is not None:
+        mask = ~attention_mask if mask is None else mask & ~attention_mask
+    return mask
 
 
 class LatentAttention(MLASelfAttention):
@@ -109,10 +126,3 @@ class LatentAttention(MLASelfAttention):
             kv = gather_from_tensor_model_parallel_region(kv, group=tp_group)
             kv = scatter_to_sequence_parallel_region(kv, group=tp_group)
         return q, kv
-
-
-def block_causal_mask(cu_seqlens: Tensor, T: int) -> Tensor:
-    """Bool ``[T, T]``: row t may attend to tokens up to t of its own sequence."""
-    token = torch.arange(T, device=cu_seqlens.device)
-    sequence = torch.searchsorted(cu_seqlens[1:].long(), token, right=True)
-    return (sequence[:, None] == sequence) & (token[:, None] >= token)

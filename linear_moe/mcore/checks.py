@@ -6,6 +6,7 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 
 from linear_moe.mcore.arguments import layer_options
 from linear_moe.mcore.specs import LayerOptions, moe_layers
+from linear_moe.ssm.declaration import check_declaration
 
 
 def check_arguments(args) -> None:
@@ -26,7 +27,9 @@ def check_arguments(args) -> None:
     _check_layout(args)
     _check_training(args, options)
     for letter, choice in options.linear.items():
-        if choice.mixer(choice.config).value_residual:
+        mixer = choice.mixer(choice.config)
+        check_declaration(mixer)
+        if mixer.value_residual:
             _check_value_residual(args, options, letter)
 
 
@@ -94,10 +97,15 @@ def _check_layout(args) -> None:
 
 
 def _check_training(args, options: LayerOptions) -> None:
-    if options.linear and args.reset_attention_mask:
+    if args.reset_attention_mask:
+        _check_reset_attention_mask(args, options)
+    masked = args.eod_mask_loss or args.sft
+    router_losses = options.linear and options.mom and (options.mom.balance_coeff or options.mom.z_loss_coeff)
+    if args.calculate_per_token_loss and masked and router_losses and args.pipeline_model_parallel_size > 1:
         raise ValueError(
-            "linear mixers see no attention mask, so --reset-attention-mask cannot keep documents apart; "
-            "use --dataloader-inter-document-masking, which packs them"
+            "calculate_per_token_loss with masked tokens (eod_mask_loss, sft) and losses of MoM's router needs "
+            f"pipeline_model_parallel_size 1, not {args.pipeline_model_parallel_size}: "
+            "only the last stage knows how many tokens the loss counts"
         )
     if args.mtp_num_layers:
         raise ValueError(f"mtp_num_layers ({args.mtp_num_layers}) must be 0: it is not supported yet")
@@ -111,6 +119,23 @@ def _check_training(args, options: LayerOptions) -> None:
         raise ValueError(f"recompute_modules {sorted(missing_te)} need --transformer-impl transformer_engine")
     if args.fp8 and "layernorm" in missing_te and options.linear:
         raise ValueError("recompute_modules layernorm with fp8 is for softmax layers only; the pattern has linear ones")
+
+
+def _check_reset_attention_mask(args, options: LayerOptions) -> None:
+    """Who would not see the mask, or not look at it, would let documents see each other."""
+    packed, pipeline = args.dataloader_inter_document_masking, args.pipeline_model_parallel_size
+    wrong = {
+        "linear mixers (they keep to the causal order alone)": options.linear,
+        "transformer_impl transformer_engine (its causal kernels read no mask)": args.transformer_impl != "local",
+        f"pipeline_model_parallel_size {pipeline} (stages in the middle get no mask)": pipeline > 1,
+        "no_create_attention_mask_in_dataloader": not args.create_attention_mask_in_dataloader and not packed,
+    }
+    for name, refused in wrong.items():
+        if refused:
+            raise ValueError(
+                f"reset_attention_mask cannot keep documents apart with {name}; "
+                "use --dataloader-inter-document-masking, which packs them"
+            )
 
 
 def _check_value_residual(args, options: LayerOptions, letter: str) -> None:

@@ -60,7 +60,7 @@ def _mixer(hidden: int, options: MixerOptions, mom: MoMConfig | None) -> int:
         copies = rows if spec.role == "write" and mom and not mom.single_kv else 1
         size = spec.low_rank * (hidden + width) if spec.low_rank else hidden * width
         total += 2 * size * copies
-        if spec.conv and spec.role != "gate":
+        if spec.conv:
             total += 2 * width * config.conv_size * rows
     if mixer.token_shift:  # its matrices work on every row
         with torch.device("meta"):  # this runs at every step: it must neither draw nor fill anything

@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
     make_sharded_tensors_for_checkpoint,
@@ -23,6 +24,7 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor
 
+from linear_moe.mcore.masks import packed_cu_seqlens, padding_tokens, require_causal
 from linear_moe.mcore.telemetry import telemetry
 from linear_moe.mom import MoMConfig, Router, make_routes
 from linear_moe.ssm import Mixer
@@ -45,8 +47,8 @@ class MixerLayer(MegatronModule):
 
     Args:
         config, submodules, layer_number (from 1), pg_collection: as Megatron gives them to self-attention.
-        mixer: the mixer's class. mixer_config: its options. mom: Mixture-of-Memories, or None.
-        first_values, recompute: see MixerCore.
+        mixer: the mixer's class. mixer_config: its options. depth, num_mixers: see Mixer's ``layer``, ``num_layers``.
+        mom: Mixture-of-Memories, or None. first_values, recompute: see MixerCore.
     """
 
     def __init__(
@@ -57,6 +59,8 @@ class MixerLayer(MegatronModule):
         *,
         mixer: type[Mixer],
         mixer_config: Mixer.Config,
+        depth: int,
+        num_mixers: int,
         mom: MoMConfig | None,
         first_values: dict[str, Tensor] | None = None,
         recompute: bool = False,
@@ -69,12 +73,13 @@ class MixerLayer(MegatronModule):
             raise ValueError(f"context_parallel_size ({config.context_parallel_size}) must be 1 with linear mixers")
         pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         self.tp_group, self.layer_number, self.mom = pg_collection.tp, layer_number, mom
+        self.loss_tokens: Tensor | None = None  # of the microbatch at hand; see `before_forward`
         factory = {
             "dtype": config.params_dtype,
             "device": "cpu" if config.use_cpu_initialization else torch.cuda.current_device(),
         }
         self.core = MixerCore(
-            mixer(mixer_config, layer_number - 1, config.num_layers),
+            mixer(mixer_config, depth, num_mixers),
             config.hidden_size,
             memories=mom.projections if mom else 0,
             shards=self.tp_group.size(),
@@ -114,19 +119,26 @@ class MixerLayer(MegatronModule):
         """The parameter; its gradient is summed over the tensor-parallel ranks, each of which adds its heads' part."""
         return copy_to_tensor_model_parallel_region(parameter, group=self.tp_group)
 
-    def _loss_scale(self, tokens: int) -> Tensor | float:
+    def _loss_scale(self, padding: Tensor | None, tokens: int) -> Tensor | float:
         """What an auxiliary loss of one must weigh here, so that it adds to the model's loss as one.
 
         Megatron divides the loss by the number of microbatches, or, with calculate_per_token_loss, the gradients by
-        the number of tokens. Every tensor-parallel rank computes the same loss, and their gradients are summed.
+        the number of tokens that the loss counts, which `before_forward` has left here if it knows it. Every
+        tensor-parallel rank computes the same loss, and their gradients are summed.
+
+        padding: bool ``[b, s]`` of so many tokens, or None.
         """
         scale = 1.0 / self.tp_group.size()
         if self.config.calculate_per_token_loss:
-            scale *= tokens
+            counted = self.loss_tokens
+            if counted is None:
+                counted = tokens if padding is None else (~padding).sum()
+            scale = scale * counted
         elif num_microbatches_calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR is not None:
             scale /= num_microbatches_calculator.get_num_microbatches()
         if self.config.grad_scale_func is not None:  # fp16's dynamic loss scale
-            scale = self.config.grad_scale_func(torch.full((), scale, device=self.router.weight.device))
+            one = torch.ones((), dtype=torch.float32, device=self.router.weight.device)
+            scale = self.config.grad_scale_func(one * scale)
         return scale
 
     def forward(
@@ -134,11 +146,17 @@ class MixerLayer(MegatronModule):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states ``[s (/ tp under SP), b, hidden]`` -> the same shape, and the output projection's bias or None.
 
-        Attention masks and rotary embeddings are softmax attention's: the causal order is in the rule itself.
+        Rotary embeddings and attention masks are softmax attention's: the causal order is in the rule itself.
+
+        Args:
+            attention_mask: Megatron's padding_mask, bool ``[b, s (/ tp under SP)]``, True for padding, which
+                `MixerTransformerLayer` gives in its place. The router's losses and figures leave padding out. It does
+                enter the memories, as softmax attention would see it, so it belongs behind a sequence's tokens.
         """
         if inference_context is not None:
             raise ValueError("linear mixers cannot decode with an inference context yet; run the full sequence")
-        if self.config.sequence_parallel and self.tp_group.size() > 1:
+        sequence_parallel = self.config.sequence_parallel and self.tp_group.size() > 1
+        if sequence_parallel:
             x = gather_from_sequence_parallel_region(hidden_states, group=self.tp_group)
         else:
             x = copy_to_tensor_model_parallel_region(hidden_states, group=self.tp_group)
@@ -146,11 +164,15 @@ class MixerLayer(MegatronModule):
         cu_seqlens = packed_cu_seqlens(packed_seq_params)
         routes = None
         if self.mom:
-            routing = self.router(x.flatten(0, 1), self._replicated)
+            shape, group = x.shape[:2], self.tp_group if sequence_parallel else None
+            padding = padding_tokens(attention_mask, packed_seq_params, shape, group)
+            flat = None if padding is None else padding.flatten()
+            routing = self.router(x.flatten(0, 1), self._replicated, flat)
+            scale = 0.0
             if self.training and torch.is_grad_enabled():  # once, also under activation recomputation
+                scale = self._loss_scale(padding, shape.numel())
                 telemetry.record(self.layer_number, routing)
-            scale = self._loss_scale(x.shape[0] * x.shape[1])
-            routes = make_routes(routing, self.mom, x.shape[:2], cu_seqlens, scale)
+            routes = make_routes(routing, self.mom, shape, cu_seqlens, scale)
         y = self.core(x, routes=routes, cu_seqlens=cu_seqlens)
         return self.linear_proj(y.transpose(0, 1).contiguous())
 
@@ -179,12 +201,28 @@ class MixerLayer(MegatronModule):
         return state | core
 
 
-def packed_cu_seqlens(packed_seq_params) -> Tensor | None:
-    """Borders of the packed sequences, int32 ``[N + 1]``, padding included; None when not packed."""
-    if packed_seq_params is None:
-        return None
-    padded = packed_seq_params.cu_seqlens_q_padded
-    return (packed_seq_params.cu_seqlens_q if padded is None else padded).int()
+class MixerTransformerLayer(TransformerLayer):
+    """Megatron's layer around a mixer: it gives padding_mask to its feed-forward alone, this one to the mixer, too."""
+
+    def _forward_attention(self, hidden_states, attention_mask=None, *args, padding_mask=None, **kwargs):
+        """As in TransformerLayer. attention_mask, which can say no more than the causal order (`before_forward`), makes
+        room for padding_mask."""
+        return super()._forward_attention(hidden_states, padding_mask, *args, padding_mask=padding_mask, **kwargs)
+
+
+def before_forward(mixers: list[MixerLayer], model, args: tuple, kwargs: dict) -> None:
+    """A forward pre-hook of Megatron's model: what a call says to its linear layers that no layer is told.
+
+    It refuses an attention mask that they would not keep to, and counts the tokens that the loss counts, where the call
+    has a loss_mask.
+    """
+    attention_mask = args[2] if len(args) > 2 else kwargs.get("attention_mask")
+    if attention_mask is not None:
+        require_causal(attention_mask)
+    loss_mask = kwargs.get("loss_mask")
+    counted = None if loss_mask is None else loss_mask.sum(dtype=torch.float32)
+    for mixer in mixers:
+        mixer.loss_tokens = counted
 
 
 def _by_section(whole: ShardedTensor, sections: dict[str, int], axis: int, offsets, tp_group) -> ShardedTensorFactory:

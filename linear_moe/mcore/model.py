@@ -28,6 +28,7 @@ from linear_moe.mcore.checkpoint import patch_megatron
 from linear_moe.mcore.checks import check_arguments
 from linear_moe.mcore.cpu import enable_cpu
 from linear_moe.mcore.init import reinitialize
+from linear_moe.mcore.mixer_layer import MixerLayer, before_forward
 from linear_moe.mcore.specs import layer_specs
 from linear_moe.mcore.vocabulary import padded_size
 
@@ -48,10 +49,19 @@ def model_config(args) -> GPTModelConfig:
         args.padded_vocab_size = padded_size(args.vocab_size, args)
     config = gpt_config_from_args(args)
     options = layer_options(args)
+    config.pre_wrap_hooks.append(_watch_calls)
     config.transformer_layer_spec = lambda model, vp_stage=None: layer_specs(model.transformer, options, vp_stage)
     if args.use_cpu_initialization and args.perform_initialization:
         config.pre_wrap_hooks.append(partial(_reinitialize, seed=args.seed))
     return config
+
+
+def _watch_calls(chunks: list) -> list:
+    for chunk in chunks:
+        mixers = [module for module in chunk.modules() if isinstance(module, MixerLayer)]
+        if mixers:
+            chunk.register_forward_pre_hook(partial(before_forward, mixers), with_kwargs=True)
+    return chunks
 
 
 def _reinitialize(chunks: list, seed: int) -> list:

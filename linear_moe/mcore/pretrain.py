@@ -76,6 +76,7 @@ def prepare(argv: list[str]):
     check_checkpoint(args)
     if args.rank == 0 and not (args.mock_data or args.sft):  # it may read a whole file
         check_vocabulary(args, [prefix for source in data_sources(args).values() for prefix in source.prefixes])
+    args.create_attention_mask_in_dataloader &= args.reset_attention_mask  # else it says no more than the causal order
     return args
 
 

@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from linear_moe.mcore.attention import LatentAttention, TorchAttention
-from linear_moe.mcore.mixer_layer import MixerLayer, MixerLayerSubmodules
+from linear_moe.mcore.mixer_layer import MixerLayer, MixerLayerSubmodules, MixerTransformerLayer
 from linear_moe.mcore.norm import Norm
 from linear_moe.mom import MoMConfig
 from linear_moe.ssm import Mixer, mixer_class
@@ -43,7 +43,8 @@ class LayerOptions:
     """What our arguments say about a model's layers.
 
     Args:
-        pattern: one letter a layer, as long as the model is deep. mixers: letter -> the mixer of its layers; all but N.
+        pattern: one letter a layer that mixes the sequence; a mixer's depth is its place in it.
+        mixers: letter -> the mixer of its layers; all but N.
         mom: Mixture-of-Memories in the linear layers, or None. recompute: see MixerCore.
     """
 
@@ -136,13 +137,16 @@ def layer_specs(config, options: LayerOptions, vp_stage: int | None = None) -> T
     if not use_te and config.transformer_impl != "local":
         raise ValueError(f"transformer_impl must be local or transformer_engine, but is {config.transformer_impl}")
     submodules = _te_submodules if use_te else _local_submodules
-    layers = list(zip(options.pattern, moe_layers(config.moe_layer_freq, config.num_moe_experts, config.num_layers)))
-    specs, first_values = {}, {}
-    for letter, moe in set(layers):
-        softmax = submodules(config, moe)
-        chosen = softmax if letter == SOFTMAX else _with_mixer(softmax, options, letter, use_te, first_values)
-        specs[letter, moe] = ModuleSpec(module=TransformerLayer, submodules=chosen)
-    every = [specs[layer] for layer in layers]
+    moe = moe_layers(config.moe_layer_freq, config.num_moe_experts, config.num_layers)
+    first_values: dict = {}
+    every = []
+    for depth, letter in enumerate(options.pattern):
+        layer = submodules(config, moe[depth])
+        if letter == SOFTMAX:
+            every.append(ModuleSpec(module=TransformerLayer, submodules=layer))
+        else:
+            layer = _with_mixer(layer, options, depth, use_te, first_values)
+            every.append(ModuleSpec(module=MixerTransformerLayer, submodules=layer))
     if config.pipeline_model_parallel_layout is not None:
         layout = config.pipeline_model_parallel_layout
         own = [every[i] for i in layout.get_layer_id_list(layer_type=LayerType.decoder, vp_stage=vp_stage)]
@@ -153,18 +157,21 @@ def layer_specs(config, options: LayerOptions, vp_stage: int | None = None) -> T
 
 
 def _with_mixer(
-    softmax: TransformerLayerSubmodules, options: LayerOptions, letter: str, use_te: bool, first_values: dict
+    softmax: TransformerLayerSubmodules, options: LayerOptions, depth: int, use_te: bool, first_values: dict
 ) -> TransformerLayerSubmodules:
-    """A softmax layer with a mixer in its attention's place.
+    """A softmax layer with the mixer of that depth in its attention's place.
 
     The input norm is a module of its own also with Transformer Engine: router, read and write projections share it.
     """
     linear_proj = softmax.self_attention.submodules.linear_proj if use_te else RowParallelLinear
+    chosen = options.mixers[options.pattern[depth]]
     mixer = ModuleSpec(
         module=MixerLayer,
         params={
-            "mixer": options.mixers[letter].mixer,
-            "mixer_config": options.mixers[letter].config,
+            "mixer": chosen.mixer,
+            "mixer_config": chosen.config,
+            "depth": depth,
+            "num_mixers": len(options.pattern),
             "mom": options.mom,
             "first_values": first_values,
             "recompute": options.recompute,

@@ -63,7 +63,8 @@ def make_routes(
 ) -> Routes:
     """Routes of ``shape`` = (B, T) tokens, carrying the router's losses into the backward pass.
 
-    loss_scale: what one unit of auxiliary loss is worth beside the gradients that arrive from above.
+    loss_scale: what one unit of auxiliary loss is worth beside the gradients that arrive from above; 0 outside of
+    training.
     """
     weights = routing.weights
     loss = config.balance_coeff * routing.balance_loss + config.z_loss_coeff * routing.z_loss

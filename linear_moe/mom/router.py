@@ -12,7 +12,7 @@ from linear_moe.ops import topk_router
 
 
 class Routing(NamedTuple):
-    """What a router decided for N tokens."""
+    """What a router decided for N tokens; losses and figures are means over those that are no padding."""
 
     weights: Tensor  # [N, k] float32, sum to 1 for a token
     indices: Tensor  # [N, k] int64
@@ -34,16 +34,32 @@ class Router(nn.Module):
         self.memories, self.topk = memories, topk
         self.weight = nn.Parameter(torch.empty(memories, hidden_size, **factory))
 
-    def forward(self, x: Tensor, replicated: Callable[[Tensor], Tensor] = lambda parameter: parameter) -> Routing:
-        """x ``[N, D]`` -> Routing. replicated: applied to the weight, so that a parallel layer can sum its gradient."""
+    def forward(
+        self,
+        x: Tensor,
+        replicated: Callable[[Tensor], Tensor] = lambda parameter: parameter,
+        padding: Tensor | None = None,
+    ) -> Routing:
+        """x ``[N, D]`` -> Routing.
+
+        Args:
+            replicated: applied to the weight, so that a parallel layer can sum its gradient.
+            padding: bool ``[N]``, the tokens that no loss and no figure counts; they are routed like any other.
+        """
         logits = nn.functional.linear(x, replicated(self.weight))
         weights, indices, probabilities = topk_router(logits, self.topk)
         logits = logits.to(probabilities.dtype)
-        tokens = max(len(x), 1)
-        chosen = torch.zeros_like(probabilities).scatter(-1, indices, 1.0).sum(0) / tokens  # f_m, sums to k
-        mean = probabilities.sum(0) / tokens  # p_m
-        balance = self.memories / self.topk * (chosen * mean).sum()
-        z = logits.logsumexp(-1).square().sum() / tokens
+        tokens = max(len(x), 1) if padding is None else (~padding).sum().clamp(min=1)
+
+        def mean(figures: Tensor) -> Tensor:
+            """Over the tokens that count: ``[N, ...]`` -> ``[...]``."""
+            if padding is not None:
+                figures = figures.masked_fill(padding.view(-1, *[1] * (figures.ndim - 1)), 0.0)
+            return figures.sum(0) / tokens
+
+        chosen = mean(torch.zeros_like(probabilities).scatter(-1, indices, 1.0))  # f_m, sums to k
+        balance = self.memories / self.topk * (chosen * mean(probabilities)).sum()
+        z = mean(logits.logsumexp(-1).square())
         with torch.no_grad():
-            entropy = -(probabilities * probabilities.clamp(min=1e-30).log()).sum() / tokens
+            entropy = mean(-(probabilities * probabilities.clamp(min=1e-30).log()).sum(-1))
         return Routing(weights, indices, balance, z, chosen / self.topk, entropy)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from linear_moe.ops import Routes, gather, grouped_linear, short_conv
 from linear_moe.ops.shift import token_shift
+from linear_moe.ssm.declaration import check_declaration
 from linear_moe.ssm.mixer import Mixer, Projection
 from linear_moe.ssm.recompute import Recompute
 from linear_moe.ssm.sequences import sequence_positions
@@ -104,7 +105,7 @@ class MixerCore(nn.Module):
         recompute: make the rule's operands again in the backward from the projections' outputs; do not keep both.
 
     Raises:
-        ValueError: heads that the number of shards does not divide.
+        ValueError: heads that the number of shards does not divide, and what ``check_declaration`` refuses.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class MixerCore(nn.Module):
         device: torch.device | str | None = None,
     ):
         super().__init__()
+        check_declaration(mixer)
         for per in ("key", "value"):
             if mixer.heads(per) % shards:
                 name = {"key": "num_heads", "value": "num_value_heads"}[per]
@@ -132,6 +134,7 @@ class MixerCore(nn.Module):
         self.first_values, self.recompute = first_values, recompute
         factory = {"dtype": dtype, "device": device}
         self.specs = mixer.projections()
+        self.gate = next((name for name, spec in self.specs.items() if spec.role == "gate"), None)
         per_memory = {n for n, s in self.specs.items() if memories and s.role == "write"}
         self.tokens = self._fused([n for n in self.specs if n not in per_memory], hidden_size, 0, factory)
         self.rows = self._fused(sorted(per_memory, key=list(self.specs).index), hidden_size, memories, factory)
@@ -146,6 +149,11 @@ class MixerCore(nn.Module):
 
         for name, parameter in mixer.parameters_per_head().items():
             value = parameter.init(mixer.heads(parameter.per))
+            if value.shape[:1] != (mixer.heads(parameter.per),):
+                raise ValueError(
+                    f"{type(mixer).__name__}: head parameter {name!r} must start with its {parameter.per} heads "
+                    f"({mixer.heads(parameter.per)}), but init makes {[*value.shape]}"
+                )
             if parameter.trainable:
                 self.head_shapes[name] = (value.shape[0] // shards, *value.shape[1:])
                 # Flat, because optimizers decay what has two dimensions, and none of these is a matrix.
@@ -232,7 +240,7 @@ class MixerCore(nn.Module):
         positions = sequence_positions(B, T, cu_seqlens, x.device)
         tokens, rows = self._project(x, p, routes, cu_seqlens)
         dtype = next(iter(tokens.values())).dtype  # a rule may answer in a wider one
-        gate = tokens.pop("gate", None)
+        gate = tokens.pop(self.gate, None)
         made: list[tuple[Tensor, Callable[[], Tensor]]] = []  # what short_conv returned, and how
         operands = {n: self._operand(n, value, heads, made, cu_seqlens, routes) for n, value in tokens.items()}
         if routes is not None:
@@ -245,7 +253,7 @@ class MixerCore(nn.Module):
                 **operands, p=p, state=None, return_state=False, cu_seqlens=cu_seqlens, positions=positions
             )
         if gate is not None:
-            gate = gate.flatten(0, 1).unflatten(-1, (-1, self.specs["gate"].width))
+            gate = gate.flatten(0, 1).unflatten(-1, (-1, self.specs[self.gate].width))
         y = self.mixer.output(o.flatten(0, 1), gate, p, routes)
         return y.to(dtype).flatten(1).unflatten(0, (B, T))
 

@@ -19,6 +19,7 @@ from linear_moe.ops import Routes, gated_norm, widen
 
 Role = Literal["read", "write", "gate"]
 PER = Literal["key", "value"]
+Inner = Literal["tanh", "sigmoid"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +29,11 @@ class Projection:
     Args:
         width: channels per head.
         role: ``read`` (asks the memory: q), ``write`` (enters the memory: k, v, decay, beta) or ``gate``
-            (what becomes of the answer). Under MoM each memory has its own write projections.
+            (what becomes of the answer; at most one). Under MoM each memory has its own write projections.
         per: whether there is one such vector per ``key`` head (H) or per ``value`` head (HV).
         conv: pass through the short causal convolution (if the mixer's ``conv_size`` > 0).
         activation: ``"silu"`` or None, applied after the convolution, or alone where there is none.
-        normalize: divide each head by its L2 norm, last of all.
+        normalize: divide each head by its L2 norm, last of all. A gate has none of these three.
         low_rank: factor the map through this many channels shared by all heads (0: a full matrix).
         inner: activation between the two factors of a low-rank map: ``"tanh"``, ``"sigmoid"`` or None.
     """
@@ -44,7 +45,7 @@ class Projection:
     activation: Literal["silu"] | None = None
     normalize: bool = False
     low_rank: int = 0
-    inner: Literal["tanh", "sigmoid"] | None = None
+    inner: Inner | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +66,12 @@ class HeadParameter:
 class Mixer:
     """Base class of all mixers. A subclass is one file: ``Config``, ``projections``, ``recur``, perhaps more.
 
+    What it declares is checked when a layer is built from it (``declaration.py``).
+
     Args:
         config: this mixer's options.
-        layer: index of the layer, from 0; num_layers: layers of the model (some decays depend on the depth).
+        layer: its depth, from 0; num_layers: how deep the model is (some decays depend on it). Both count the layers
+            that mix the sequence, softmax attention among them, whatever else stands between.
     """
 
     rule = ""  # the update rule, for people

@@ -62,6 +62,21 @@ def test_losses_join_the_gradient(seed):
     assert rel_err(without, explicit) > 1e-3
 
 
+def test_padding_counts_nowhere(seed):
+    """Losses, figures and gradients are those of the real tokens alone; the padding is routed all the same."""
+    router, x = make_router(), torch.randn(N, D, dtype=torch.float64)
+    padding = torch.rand(N) < 0.6
+    found, expected = router(x, padding=padding), router(x[~padding])
+    for name in ("balance_loss", "z_loss", "share", "entropy"):
+        assert rel_err(getattr(found, name), getattr(expected, name)) < 1e-12, name
+    assert rel_err(found.weights[~padding], expected.weights) < 1e-12 and len(found.indices) == N
+    losses = [routing.balance_loss + routing.z_loss for routing in (found, expected)]
+    ours, theirs = (torch.autograd.grad(loss, router.weight)[0] for loss in losses)
+    assert rel_err(ours, theirs) < 1e-12
+    nothing = router(x, padding=torch.ones(N, dtype=torch.bool))
+    assert nothing.balance_loss == nothing.z_loss == nothing.entropy == 0 and not nothing.share.any()
+
+
 def test_empty_batch():
     routing = make_router()(torch.zeros(0, D, dtype=torch.float64))
     assert routing.balance_loss == 0 and routing.indices.shape == (0, K)

@@ -1,8 +1,10 @@
 """A hybrid MoM + MoE model trains alike in every parallel layout; checkpoints move between them."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
+import torch
 
 from tests.parallel import harness
 from tests.parallel.launch import Case, run_cases
@@ -46,8 +48,25 @@ MOE_LAYOUTS = {
 PACKED = f"{DENSE} --dataloader-inter-document-masking"
 PACKED_LAYOUTS = {
     "packed": (1, PACKED),
-    "packed-tp2-sp": (2, f"{PACKED} {TP2} {SP}"),
+    "packed-tp2-sp": (2, f"{PACKED} {TP2} {SP} --mixer-recompute"),  # which changes nothing either
     "packed-tp2-sp-pp2": (4, f"{PACKED} {TP2} {SP} {PP2}"),
+}
+# Batches of `masked_step`; where the loss is one of tokens, microbatches count different numbers of them.
+PER_TOKEN = f"{DENSE} --calculate-per-token-loss"
+MASKED_LAYOUTS = {
+    "masked": (1, PER_TOKEN),
+    "masked-tp2": (2, f"{PER_TOKEN} {TP2}"),
+    "masked-tp2-sp": (2, f"{PER_TOKEN} {TP2} {SP}"),
+    "masked-dp2": (2, PER_TOKEN),
+    "padded": (1, DENSE),
+    "padded-tp2-sp-pp2": (4, f"{DENSE} {TP2} {SP} {PP2}"),  # a stage's padding mask is cut, the other's is whole
+}
+# Softmax layers keep documents apart by a mask as by packing them; experts, so that there are routers.
+DOCUMENTS = f"--layer-pattern N {MOE.partition(DENSE)[2]}"
+DOCUMENT_LAYOUTS = {
+    "documents": (1, f"{DOCUMENTS} --dataloader-inter-document-masking"),
+    "documents-reset": (1, f"{DOCUMENTS} --reset-attention-mask"),
+    "documents-reset-tp2-sp": (2, f"{DOCUMENTS} --reset-attention-mask {TP2} {SP}"),
 }
 BF16_LAYOUTS = {
     "bf16": (1, f"{MOE} --bf16"),
@@ -57,8 +76,9 @@ BF16_LAYOUTS = {
 # Random numbers in training: only a resumed run can be held to them, other layouts draw others.
 DROPOUT = f"{DENSE} --hidden-dropout 0.1 --attention-dropout 0.1"
 DROPOUT_LAYOUTS = {"dropout": (1, DROPOUT), "dropout-tp2-sp-pp2": (4, f"{DROPOUT} {TP2} {SP} {PP2}")}
-EXACT = DENSE_LAYOUTS | MOE_LAYOUTS | PACKED_LAYOUTS
-LAYOUTS = EXACT | BF16_LAYOUTS | DROPOUT_LAYOUTS
+RESUMED = DENSE_LAYOUTS | MOE_LAYOUTS | PACKED_LAYOUTS | BF16_LAYOUTS | DROPOUT_LAYOUTS
+EXACT = DENSE_LAYOUTS | MOE_LAYOUTS | PACKED_LAYOUTS | MASKED_LAYOUTS | DOCUMENT_LAYOUTS
+LAYOUTS = EXACT | RESUMED
 # A ring through each family: every layout's checkpoint is loaded in another layout, and every layout loads another's.
 # In bfloat16 only between layouts that compute alike: rounding decides which experts and memories are close calls.
 FAMILIES = [list(DENSE_LAYOUTS), list(MOE_LAYOUTS), ["bf16", "bf16-dist"]]
@@ -77,12 +97,41 @@ def train(data, flags, save=None, load=None):
     return harness.train(main, argv + (["--load", load, "--ckpt-step", "2"] if load else []), save)
 
 
+def train_masked(data, flags, save):
+    """The same with `masked_step`."""
+    from linear_moe.mcore import pretrain
+
+    def main(argv):
+        pretrain.train(pretrain.prepare(argv), step=masked_step)
+
+    return harness.train(main, [*harness.TINY, "--data-path", data, *flags.split()], save)
+
+
+def masked_step(data_iterator, model):
+    """A forward step whose last 8 tokens are padding, and whose loss counts of the others every third token id."""
+    from megatron.core.utils import get_attr_wrapped_model
+
+    from linear_moe.mcore import pretrain
+
+    batch = pretrain.get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    padding = torch.arange(32).expand(1, 32) >= 24
+    if batch["loss_mask"] is not None:
+        batch["loss_mask"] = (~padding & (batch["labels"] % 3 == 0)).float()
+    options = {"labels": batch["labels"], "loss_mask": batch["loss_mask"], "padding_mask": padding}
+    output = model(batch["tokens"], batch["position_ids"], batch["attention_mask"], **options)
+    return output, partial(pretrain.loss_func, batch["loss_mask"])
+
+
 def run_all(cases: dict[str, tuple[int, dict]]):
     """name -> (processes, arguments of `train`): one set of processes for each number."""
+
+    def case(name, arguments):
+        function = "train_masked" if name in MASKED_LAYOUTS else "train"
+        return Case(name, f"tests.parallel.test_layouts:{function}", arguments)
+
     outcomes = {}
     for size in sorted({size for size, _ in cases.values()}):
-        function = "tests.parallel.test_layouts:train"
-        outcomes |= run_cases(size, [Case(name, function, kw) for name, (n, kw) in cases.items() if n == size])
+        outcomes |= run_cases(size, [case(name, kw) for name, (n, kw) in cases.items() if n == size])
     return outcomes
 
 
@@ -103,7 +152,7 @@ def straight(folder, data):
 
 @pytest.fixture(scope="module")
 def resumed(straight, folder, data):
-    pairs = [(name, name) for name in LAYOUTS] + RESHARD
+    pairs = [(name, name) for name in RESUMED] + RESHARD
     cases = {}
     for source, target in pairs:
         size, flags = LAYOUTS[target]
@@ -127,7 +176,7 @@ def test_layout_trains_like_one_process(straight, layout):
         assert not harness.differences(run, reference)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", RESUMED)
 def test_resume_is_bitwise(straight, resumed, layout):
     before, after = straight[layout].result, resumed[layout, layout].result
     assert after.iterations == [3, 4, 5]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from linear_moe.ssm import MIXERS, mixer_class
 from linear_moe.ssm.lightning import alibi_slopes
@@ -195,6 +195,44 @@ def test_state_carries_a_sequence(name, seed):
     assert rel_err(torch.cat([first, second], 1), whole) < 1e-9
     for ours, theirs in zip(tree_leaves(last), tree_leaves(final), strict=True):
         assert rel_err(ours, theirs) < 1e-9
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_states_in_packs(name, seed):
+    """Each sequence of a pack, empty ones among them, goes on from the state given to it and leaves the one that it
+    would leave alone."""
+    cls = mixer_class(name)
+    mixer = cls(cls.make_config(32, 4, {}), layer=1, num_layers=4)
+    specs = {n: s for n, s in mixer.projections().items() if s.role != "gate"}
+    p = {n: s.init(mixer.heads(s.per)).double() for n, s in mixer.parameters_per_head().items()}
+    p |= {n: init().double() for n, init in mixer.shared_parameters().items()}
+
+    def draw(T):
+        return {n: torch.randn(1, T, mixer.heads(s.per), s.width, dtype=torch.float64) for n, s in specs.items()}
+
+    def run(x, state, before):
+        positions = before + torch.arange(x["v"].shape[1])[None]
+        return mixer.recur(**x, p=p, state=state, return_state=True, cu_seqlens=None, positions=positions)
+
+    lengths, seen = (0, 5, 0, 17, 1, 0), (3, 18, 0, 1, 16, 20)
+    before = [run(draw(n), None, 0)[1] for n in seen]
+    parts = [draw(n) for n in lengths]
+    alone = [run(x, state, n) for x, state, n in zip(parts, before, seen)]
+    o, states = mixer.recur(
+        **{n: torch.cat([x[n] for x in parts], 1) for n in specs},
+        p=p,
+        state=tree_map(lambda *each: torch.cat(each), *before),
+        return_state=True,
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32),
+        positions=torch.cat([n + torch.arange(length) for n, length in zip(seen, lengths)])[None],
+    )
+    assert rel_err(o, torch.cat([answer for answer, _ in alone], 1)) < 1e-9
+    expected = tree_map(lambda *each: torch.cat(each), *(state for _, state in alone))
+    for ours, theirs in zip(tree_leaves(states), tree_leaves(expected), strict=True):
+        assert rel_err(ours, theirs) < 1e-9
+    for n, (_, state), given in zip(lengths, alone, before):
+        if not n:
+            assert all(torch.equal(a, b) for a, b in zip(tree_leaves(state), tree_leaves(given), strict=True))
 
 
 def test_alibi_slopes():
