@@ -68,7 +68,8 @@ class TorchAttention(MegatronModule):
         are fewer than keys they are the last ones.
 
         Raises:
-            ValueError: an attention_bias, more causal queries than keys, or packs of unequal length.
+            ValueError: an attention_bias, more causal queries than keys, packs of unequal length, or borders of packs
+                that do not end with the tokens.
         """
         if attention_bias is not None:
             raise ValueError("local attention takes no attention_bias")
@@ -77,7 +78,8 @@ class TorchAttention(MegatronModule):
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads, s, d]
         causal = (attn_mask_type or self.mask_type) in CAUSAL
-        mask = _allowed(q.shape[2], k.shape[2], causal, attention_mask, packed_cu_seqlens(packed_seq_params), q.device)
+        cu_seqlens = packed_cu_seqlens(packed_seq_params, query.transpose(0, 1))
+        mask = _allowed(q.shape[2], k.shape[2], causal, attention_mask, cu_seqlens, q.device)
         causal = causal and mask is None
         dropout = self.dropout if self.training else 0.0
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 
 from linear_moe.mcore.arguments import layer_options
 from linear_moe.mcore.specs import LayerOptions, moe_layers
+from linear_moe.ops.backend import check_compiler
 from linear_moe.ssm.declaration import check_declaration
 
 
@@ -16,6 +18,8 @@ def check_arguments(args) -> None:
         ValueError: with the rule and the values.
     """
     options = layer_options(args)
+    if options.linear and torch.cuda.is_available():
+        check_compiler()
     if args.transformer_impl == "transformer_engine" and not HAVE_TE:
         raise ValueError(
             "transformer_impl transformer_engine needs Transformer Engine: pip install linear-moe[gpu], or choose local"

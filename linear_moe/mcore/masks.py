@@ -6,15 +6,24 @@ import torch
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
+from linear_moe.ops.check import check_cu_seqlens
 from linear_moe.ssm.sequences import sequence_of, sequence_positions
 
 
-def packed_cu_seqlens(packed_seq_params) -> Tensor | None:
-    """Borders of the packed sequences, int32 ``[N + 1]``, padding included; None when not packed."""
+def packed_cu_seqlens(packed_seq_params, x: Tensor) -> Tensor | None:
+    """Borders of the packed sequences, int32 ``[N + 1]``, padding included; None when not packed.
+
+    x: ``[b, s, ...]``, what is packed.
+
+    Raises:
+        ValueError: borders that do not run from 0 to s, or a batch of more than one (see ops.check_cu_seqlens).
+    """
     if packed_seq_params is None:
         return None
     padded = packed_seq_params.cu_seqlens_q_padded
-    return (packed_seq_params.cu_seqlens_q if padded is None else padded).int()
+    cu_seqlens = (packed_seq_params.cu_seqlens_q if padded is None else padded).int()
+    check_cu_seqlens("packed sequences", cu_seqlens, *x.shape[:2], x.device)
+    return cu_seqlens
 
 
 def padding_tokens(

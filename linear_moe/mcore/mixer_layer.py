@@ -161,7 +161,7 @@ class MixerLayer(MegatronModule):
         else:
             x = copy_to_tensor_model_parallel_region(hidden_states, group=self.tp_group)
         x = x.transpose(0, 1)  # [b, s, hidden]
-        cu_seqlens = packed_cu_seqlens(packed_seq_params)
+        cu_seqlens = packed_cu_seqlens(packed_seq_params, x)
         routes = None
         if self.mom:
             shape, group = x.shape[:2], self.tp_group if sequence_parallel else None

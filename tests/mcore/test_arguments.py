@@ -3,9 +3,11 @@
 import argparse
 
 import pytest
+import torch
 import yaml
 from megatron.training.arguments import add_megatron_arguments
 
+from linear_moe.mcore import checks
 from linear_moe.mcore.arguments import add_arguments, config_argv, expand_argv, layer_options, read_config
 from linear_moe.mcore.checks import check_arguments
 from linear_moe.mcore.specs import expand_pattern
@@ -271,3 +273,15 @@ def test_what_does_not_fit_is_refused(flags, message):
 
 def test_what_fits_passes():
     check_arguments(parse([*config_argv(MODEL), "--layer-pattern", "LN", "--mom-memories", "4"]))
+
+
+def test_a_gpu_that_gets_wrong_code_is_refused_before_training(monkeypatch):
+    def refuse():
+        raise ValueError("wrong code")
+
+    args = parse(config_argv(MODEL))
+    monkeypatch.setattr(checks, "check_compiler", refuse)
+    check_arguments(args)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="wrong code"):
+        check_arguments(args)

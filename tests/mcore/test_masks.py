@@ -74,6 +74,18 @@ def test_padding_mask_of_another_shape_is_refused(shape):
         layer(torch.randn(64, 2, 64), padding_mask=torch.zeros(shape, dtype=torch.bool))
 
 
+@pytest.mark.parametrize("borders", [[0, 17, 39], [0, 17, 41], [0, 30, 20, 40]], ids=str)
+def test_packs_that_leave_tokens_out_are_refused(borders):
+    model = linear_moe.build_model(TINY, num_layers=2, layer_pattern="LN")
+    mixer, softmax = (layer.self_attention for layer in model.decoder.layers)
+    message = rf"packed sequences: cu_seqlens must run from 0 to T \(40\) and not decrease: \{borders}"
+    with pytest.raises(ValueError, match=message):
+        mixer(torch.randn(40, 1, 64), packed_seq_params=packed(borders))
+    q = torch.randn(40, 4, 16)
+    with pytest.raises(ValueError, match=message):
+        softmax.core_attention(q, q, q, None, packed_seq_params=packed(borders))
+
+
 def test_masks_that_linear_layers_would_ignore_are_refused():
     model = linear_moe.build_model(TINY, **LINEAR)
     tokens, positions = batch(16)
