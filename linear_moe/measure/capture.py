@@ -1,7 +1,8 @@
 """Forward, then forward and backward, captured in a CUDA graph; where that fails, on which stream everything ran.
 
 Autograd runs a node on the stream on which it was made. One that was made before the capture, on the legacy stream,
-breaks it; so does an op that leaves the current stream. A layer of torch alone says whether the fault is in this check.
+breaks it: a leaf's, if an earlier run still holds it, or that of an input which is no leaf, as a copy to the device.
+So does an op that leaves the current stream. A layer of torch alone says whether the fault is in this check.
 """
 
 import gc
@@ -146,7 +147,7 @@ def _replays(run, x, expected):
 
 
 def stale_leaves(leaves):
-    """Indices of leaves whose node something keeps alive: a node that a capture should make anew."""
+    """Indices of leaves whose node something keeps alive, or that are none: a node that a capture should make anew."""
 
     def node(leaf):
         return leaf.view_as(leaf).grad_fn.next_functions[0][0]

@@ -29,6 +29,7 @@ def test_finds_what_an_earlier_run_left():
     assert capture.stale_leaves([a, b]) == [1]
     del kept
     assert capture.stale_leaves([a, b]) == []
+    assert capture.stale_leaves([a, b.double()]) == [1]  # no leaf: the copy's node is as old as the copy
 
 
 def test_names_the_stream_of_every_node(monkeypatch):
