@@ -24,7 +24,7 @@ def _one_device(rule, x, **others):
 
 
 def check_cu_seqlens(rule, cu_seqlens, B, T, device):
-    """The number of sequences. Every row must be some sequence's: see check_ends."""
+    """The number of sequences. Every row must be some sequence's: see _holds."""
     if cu_seqlens is None:
         return B
     _require(torch.is_tensor(cu_seqlens), rule, f"cu_seqlens must be a tensor, not {type(cu_seqlens).__name__}")
@@ -45,15 +45,16 @@ def _holds(rule, x, fits, message):
     Elsewhere nothing is read back: the device itself stops at a value that does not fit. It looks once at a tensor,
     however many ops take it, and not at all at those that routing made.
     """
-    if x.device.type == "cpu":
-        _require(len(x) == 0 or bool(fits(x)), rule, f"{message}: {x.tolist()}")
-        return
-    version = None if x.is_inference() else x._version
     known = getattr(x, "_known_to", None)
+    if len(x) == 0 or known is MADE_HERE:
+        return
+    if x.device.type == "cpu":
+        _require(bool(fits(x)), rule, f"{message}: {x.tolist()}")
+        return
     capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()  # a replay may bring other values
-    if len(x) and not (known is MADE_HERE or (known == (message, version) and version is not None and not capturing)):
+    if x.is_inference() or capturing or known != (message, x._version):
         torch._assert_async(fits(x), f"{rule}: {message}")
-        x._known_to = message, version
+        x._known_to = None if x.is_inference() else (message, x._version)
 
 
 MADE_HERE = object()

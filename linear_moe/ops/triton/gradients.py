@@ -99,7 +99,7 @@ def key_gradients(
     else:
         between, from_start, to_end, whole = scalar_decay(g, first, rows, i_h, HV, C, DECAY)
         dA = tl.where(lower, dA * between, 0)
-        dM = tl.where(lower & ~strict, 0, dM * between)
+        dM = tl.where(lower & ~strict, 0, dM * between)  # both triangles: dk sums over its rows and over its columns
         if dg is not None:
             pairs = dA * dot(b_q, tl.trans(b_k), PRECISION)
             starts = tl.sum(dq_start * b_q, 1) * from_start
