@@ -11,7 +11,6 @@ from tests.helpers import fresh_seed, rel_err
 OPTIONS = {
     "linear_attention": {},
     "linear_attention-normalized": {"normalize": True},
-    "linear_attention-dpfp": {"normalize": True, "feature_map": "dpfp"},
     "based": {"head_dim": 16},
     "rebased": {"head_dim": 16},
 }
