@@ -76,7 +76,7 @@ def show(folder: Path, corpus: dict, baseline, loss: float) -> int:
         f"   TensorBoard: {Path(sys.executable).parent / 'tensorboard'} --logdir {logs}\n\n"
         "Try next: another mixer, or no MoM at all\n"
         f"   {Path(sys.executable).parent / 'torchrun'} --nproc-per-node 2 examples/pretrain.py \\\n"
-        f"     --config examples/configs/demo.yaml --tokenizer-model {folder}/bpe \\\n"
+        f"     --config demo --tokenizer-model {folder}/bpe \\\n"
         f"     --train-data-path {folder}/train --valid-data-path {folder}/valid \\\n"
         "     --train-iters 200 --mixer gla --mom-memories 0\n"
         "your own text: tools/preprocess_data.py --help; all flags: examples/pretrain.py --help\n"
@@ -104,7 +104,7 @@ def command(args, folder: Path, flags: list) -> list[str]:
     gpus = torch.cuda.device_count()
     processes = args.processes or (min(gpus, 2) if gpus else 2)
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    words += [ROOT / "examples" / "pretrain.py", "--config", ROOT / "examples" / "configs" / "demo.yaml"]
+    words += [ROOT / "examples" / "pretrain.py", "--config", "demo"]
     words += ["--train-data-path", folder / "train", "--valid-data-path", folder / "valid"]
     words += ["--tokenizer-model", folder / "bpe"]
     words += [] if "--skip-train" in flags else ["--tensorboard-dir", folder / "tensorboard"]

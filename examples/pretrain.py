@@ -1,4 +1,4 @@
-"""Train a hybrid linear model: python examples/pretrain.py --config examples/configs/x.yaml [any flag].
+"""Train a hybrid linear model: python examples/pretrain.py --config tiny [any flag].
 
 Under torchrun for several processes. The configuration's keys are Megatron's and linear_moe's flags; flags on the
 command line override them. --help lists all.

@@ -2,7 +2,7 @@
 
 
 def build_model(config, **overrides):
-    """The model of a YAML file or mapping, in one process: see ``linear_moe.mcore.model.build_model``."""
+    """The model of a name, YAML file or mapping, in one process: see ``linear_moe.mcore.model.build_model``."""
     from linear_moe.mcore.model import build_model as build  # importing Megatron takes seconds
 
     return build(config, **overrides)

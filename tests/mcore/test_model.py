@@ -11,6 +11,7 @@ from megatron.training.training import num_floating_point_operations
 
 import linear_moe
 from linear_moe.mcore.attention import TorchAttention
+from linear_moe.mcore.configs import CONFIGS, read_config
 from linear_moe.mcore.flops import training_flops
 from linear_moe.mcore.mixer_layer import MixerLayer
 from linear_moe.mcore.specs import moe_layers
@@ -19,7 +20,7 @@ from linear_moe.ssm import core
 from tests.helpers import rel_err
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = ROOT / "examples" / "configs" / "tiny.yaml"
+TINY = "tiny"
 STEP = 1e-4
 
 
@@ -242,12 +243,12 @@ def test_a_mixer_needs_one_registry_line(seed, monkeypatch):
     assert type(model.decoder.layers[0].self_attention.core.mixer).__name__ == "Toy"
 
 
-def arguments(path=TINY, **options):
-    from linear_moe.mcore.arguments import config_argv, read_config
+def arguments(name=TINY, **options):
+    from linear_moe.mcore.arguments import config_argv
     from linear_moe.mcore.model import _parse
 
     config = {k.replace("_", "-"): v for k, v in options.items()}
-    args = _parse(config_argv(read_config(path) | config))
+    args = _parse(config_argv(read_config(name) | config))
     args.padded_vocab_size = 512
     args.kv_channels = args.kv_channels or args.hidden_size // args.num_attention_heads
     return args
@@ -272,10 +273,10 @@ def test_flops_of_softmax_layers_are_megatrons():
         assert training_flops(args, 7) == megatrons_flops(args, 7), options
 
 
-@pytest.mark.parametrize("base", sorted(path.parent.name for path in TINY.parent.glob("*/tiny_mom.yaml")))
+@pytest.mark.parametrize("base", sorted(path.parent.name for path in CONFIGS.glob("*/tiny_mom.yaml")))
 def test_flops_of_base_models_softmax_layers_are_megatrons(base):
     """Latent attention, shared experts, output gates, dense first layers: all counted as Megatron counts them."""
-    args = arguments(TINY.parent / base / "tiny.yaml", layer_pattern="N")
+    args = arguments(f"{base}/tiny", layer_pattern="N")
     assert training_flops(args, 7) == megatrons_flops(args, 7)
 
 
@@ -304,7 +305,7 @@ def test_flops_of_token_shift_draw_nothing():
 
 def test_norms_of_latent_attention_are_named_as_with_transformer_engine():
     """It fuses them into the projections behind them; local checkpoints are the same format."""
-    model = linear_moe.build_model(TINY.parent / "deepseek_v3" / "tiny.yaml", layer_pattern="N")
+    model = linear_moe.build_model("deepseek_v3/tiny", layer_pattern="N")
     names = {getattr(tensor, "key", "") for tensor in model.sharded_state_dict().values()}
     for projection in ("linear_q_up_proj", "linear_kv_up_proj"):
         assert f"decoder.layers.1.self_attention.{projection}.layer_norm_weight" in names
