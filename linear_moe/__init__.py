@@ -1,5 +1,7 @@
 """Linear sequence mixers and Mixture-of-Memories for Megatron-Core."""
 
+__version__ = "0.1.0"
+
 
 def build_model(config, **overrides):
     """The model of a name, YAML file or mapping, in one process: see ``linear_moe.mcore.model.build_model``."""

@@ -1,8 +1,5 @@
 """The model that the arguments describe: its layers, gradients, cost, and mixers from outside."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -319,17 +316,6 @@ def test_transformer_engine_specs_as_far_as_they_go():
         pytest.skip("Transformer Engine is installed: covered by running on its machine")
     with pytest.raises(ValueError, match=r"needs Transformer Engine: pip install linear-moe\[gpu\]"):
         linear_moe.build_model(TINY, transformer_impl="transformer_engine")
-
-
-def test_a_users_own_megatron_script(tmp_path):
-    """README's three lines in a script that otherwise knows Megatron only."""
-    command = [sys.executable, str(ROOT / "tests" / "mcore" / "own_script.py"), "--layer-pattern", "LN"]
-    command += ["--num-layers", "2", "--mom-memories", "3", "--mixer", "gla"]
-    run = subprocess.run(
-        command, capture_output=True, text=True, timeout=240, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
-    assert "iteration        3/       3" in run.stdout and "lm loss" in run.stdout
 
 
 def test_padded_packs_are_masked_by_their_padded_borders(seed):
