@@ -9,7 +9,6 @@ from pathlib import Path
 from linear_moe.mcore.yaml_text import parse_yaml
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-PARTS = "common/"  # what several configurations have in common: a `base:`, but nothing to train
 
 
 def packaged() -> dict[str, Path]:
@@ -40,10 +39,10 @@ def find_config(name: str | Path, folder: Path = Path(), above: str = "") -> Pat
         return path
     if str(name) in known:
         return known[str(name)]
-    own = Path(f"{path}.yaml")
+    problem, own = "is not a file" if path.exists() else "does not exist", Path(f"{path}.yaml")
     near = [str(own)] if own.is_file() else difflib.get_close_matches(_plain(name), known, n=3)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    raise ValueError(f"configuration {path}{above} does not exist, as a file or as a name in linear_moe/configs{hint}")
+    raise ValueError(f"configuration {path}{above} {problem}, and linear_moe/configs has no such name{hint}")
 
 
 def _plain(name: str | Path) -> str:
@@ -58,8 +57,11 @@ def _read_config(path: Path, above: tuple[Path, ...]) -> dict:
     if path in above:
         raise ValueError(f"configuration {path} is its own base: {' -> '.join(map(str, chain))}")
     config = parse_yaml(path.read_bytes(), named)
+    if config is None:
+        raise ValueError(f"{named} is empty; it must map argument names to values (num-layers: 4)")
     if not isinstance(config, dict):
-        raise ValueError(f"{named} must map argument names to values, but is a {type(config).__name__}")
+        kind = type(config).__name__
+        raise ValueError(f"{named} must map argument names to values, but is a {kind} (write num-layers: 4)")
     config = {str(key).replace("_", "-"): value for key, value in config.items()}
     base = config.pop("base", None)
     if base is None:

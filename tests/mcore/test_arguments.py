@@ -77,6 +77,11 @@ def test_bad_configuration_files(tmp_path):
     path.write_text("- 1\n- 2\n")
     with pytest.raises(ValueError, match="must map argument names to values, but is a list"):
         expand_argv(["--config", str(path)])
+    with pytest.raises(ValueError, match=f"configuration {tmp_path} is not a file, and linear_moe/configs has no such"):
+        expand_argv(["--config", str(tmp_path)])
+    path.write_text("# nothing\n")
+    with pytest.raises(ValueError, match=r"list.yaml is empty; it must map argument names"):
+        expand_argv(["--config", str(path)])
     path.write_text("a: [1\n")
     with pytest.raises(ValueError, match="not valid YAML"):
         expand_argv(["--config", str(path)])
@@ -123,7 +128,7 @@ def test_base_configurations(tmp_path):
     with pytest.raises(ValueError, match=r"model.yaml is its own base: .*model.yaml -> .*base.yaml -> .*model.yaml"):
         read_config(path)
     path.write_text("base: nowhere.yaml\n")
-    with pytest.raises(ValueError, match=r"nowhere.yaml \(base of .*model.yaml\) does not exist, as a file or"):
+    with pytest.raises(ValueError, match=r"nowhere.yaml \(base of .*model.yaml\) does not exist"):
         read_config(path)
     path.write_text("base: [a.yaml, b.yaml]\n")
     with pytest.raises(ValueError, match=r"base must be the name of a file, but is \['a.yaml', 'b.yaml'\]"):
@@ -167,7 +172,7 @@ def test_an_unknown_configuration_suggests(name, hint, tmp_path, monkeypatch):
     (tmp_path / "mine.yaml").touch()
     with pytest.raises(ValueError) as error:
         read_config(name)
-    before = f"configuration {name} does not exist, as a file or as a name in linear_moe/configs"
+    before = f"configuration {name} does not exist, and linear_moe/configs has no such name"
     assert str(error.value).startswith(before + hint) and (hint or str(error.value) == before)
 
 
