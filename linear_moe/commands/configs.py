@@ -3,6 +3,15 @@ their names. A file that exists under the same name wins.
 """
 
 import argparse
+import textwrap
+from itertools import takewhile
+from pathlib import Path
+
+
+def summary(path: Path) -> str:
+    """The first sentence of the comment that a configuration begins with."""
+    comment = takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
+    return " ".join(line.removeprefix("#").strip() for line in comment).partition(". ")[0].removesuffix(".")
 
 
 def main(argv: list[str]) -> None:
@@ -11,7 +20,7 @@ def main(argv: list[str]) -> None:
     from linear_moe.mcore.configs import CONFIGS, packaged
 
     found = packaged()
-    width = max(map(len, found))
+    width = max(map(len, found)) + 2
     print(f"Files below {CONFIGS}:\n")
     for name, path in found.items():
-        print(f"{name:{width}}  {path.read_text().splitlines()[0].removeprefix('# ')}")
+        print(textwrap.fill(summary(path), 120, initial_indent=name.ljust(width), subsequent_indent=" " * width))

@@ -58,12 +58,13 @@ def test_an_unknown_command_names_those_that_exist(capsys):
     assert "invalid choice: 'pretain' (choose from " in capsys.readouterr().err
 
 
-def test_configurations_are_listed_with_their_first_line(capsys, monkeypatch):
+def test_configurations_are_listed_with_what_they_are(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["linear-moe"])
     assert called("configs") is None
     where, _, *lines = capsys.readouterr().out.splitlines()
-    assert str(CONFIGS) in where and [line.split()[0] for line in lines] == list(packaged())
-    assert "llama3/340m_mom" in (line.split("  ")[0] for line in lines) and all("  " in line for line in lines)
+    named = dict(line.split(maxsplit=1) for line in lines if not line.startswith(" "))
+    assert str(CONFIGS) in where and list(named) == list(packaged())
+    assert named["llama3/340m_mom"] == "The hybrid of arXiv 2502.13685: MoM-340M with three softmax layers of 24"
     assert not any("#" in line for line in lines), "each file begins with a comment that says what it is"
 
 
