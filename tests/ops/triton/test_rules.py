@@ -27,7 +27,10 @@ def compare(rule, x, cu_seqlens=None, dtype=torch.float32, forward=1e-5, gradien
     x = {name: t.to(dtype).double() if name in ("q", "k", "v") else t.float().double() for name, t in x.items()}
     reference = cases.run(rule, x, backend="reference", cu_seqlens=cu_seqlens)
     found = cases.run(rule, x, dtype, backend="triton", cu_seqlens=cu_seqlens)
-    cases.assert_close(found, reference, forward, gradient)
+    scales = {}
+    if dtype == torch.float16 and "g" in x and x["g"].ndim == 1:
+        scales["dg"] = cases.terms_of_constant_decay(rule, x, cu_seqlens) / 4  # 1e-3 of them; 4e-4 in 30 draws
+    cases.assert_close(found, reference, forward, gradient, scales)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
