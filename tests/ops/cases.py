@@ -78,7 +78,7 @@ def assert_close(result, reference, forward, gradient, scales=None):
 def terms_of_constant_decay(rule, x, cu_seqlens=None):
     """[H], the sum of the absolute values of a constant decay's gradients of single tokens.
 
-    The gradient is their sum. Where that cancels out, rounding of the terms is all that is left of it in half precision.
+    The gradient is their sum. Where that cancels out, half precision leaves nothing of it but the terms' rounding.
     """
     B, T = x["v"].shape[:2]
     per_token = x | {"g": x["g"].expand(B, T, -1)}
