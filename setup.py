@@ -24,7 +24,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12",
     packages=find_packages(include=["linear_moe", "linear_moe.*"]),
-    package_data={"linear_moe.ops": ["flops.json"], "linear_moe.ops.triton": ["tuning.json"]},
+    package_data={"linear_moe.measure": ["flops.json"], "linear_moe.ops.triton": ["tuning.json"]},
     install_requires=[
         "megatron-core>=0.19.2,<0.21",
         "numpy",

@@ -12,7 +12,7 @@ import sys
 os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be compiled
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
-from linear_moe.ops.triton import report
+from linear_moe.measure import kernel_report as report
 
 
 def main():
