@@ -1,4 +1,9 @@
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+version = re.search(r'^__version__ = "(.+)"$', Path("linear_moe/__init__.py").read_text(), re.MULTILINE)[1]
 
 extras = {
     "data": ["tokenizers>=0.20", "transformers>=5.0", "tqdm>=4.66"],
@@ -13,18 +18,34 @@ extras["gpu-peers"] = [*extras["peers"], "flash-qla==0.1.3", "tilelang"]  # what
 extras["dev"] = [
     *extras["data"], *extras["hf"], *extras["look"], *extras["peers"], "pytest>=8.3", "pytest-xdist>=3.7",
     "ruff==0.17.5",
+    "setuptools>=77",  # a test builds the wheel without a network
 ]  # fmt: skip
 
 setup(
     name="linear-moe",
-    version="0.1.0",
+    version=version,
     description="Linear sequence mixers and Mixture-of-Memories for Megatron-Core",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
+    keywords=["linear attention", "state-space model", "mixture of memories", "mixture of experts", "Megatron"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    project_urls={
+        "Paper: MoM": "https://arxiv.org/abs/2502.13685",
+        "Paper: Linear-MoE": "https://arxiv.org/abs/2503.05447",
+        "Megatron-LM": "https://github.com/NVIDIA/Megatron-LM",
+    },
     python_requires=">=3.12",
     packages=find_packages(include=["linear_moe", "linear_moe.*"]),
-    package_data={"linear_moe.measure": ["flops.json"], "linear_moe.ops.triton": ["tuning.json"]},
+    package_data={"": ["*.json"], "linear_moe": ["py.typed", "configs/**/*.yaml"]},
+    entry_points={"console_scripts": ["linear-moe = linear_moe.commands:main"]},
     install_requires=[
         "megatron-core>=0.19.2,<0.21",
         "numpy",

@@ -68,18 +68,18 @@ def show(folder: Path, corpus: dict, baseline, loss: float) -> int:
     for name, nats in (("smoothed bigram", baseline.nats_per_token), ("this model", loss)):
         bits = bits_per_byte(nats, corpus["tokens"], corpus["bytes"])
         print(f"   {name:16s} {nats:.4f} nats a token, {bits:.3f} bits per byte on the validation files")
-    better = loss < baseline.nats_per_token
+    better, programs = loss < baseline.nats_per_token, Path(sys.executable).parent
     print(
         f"   The validation loss is {'' if better else 'NOT '}below the bigram's.\n"
         f"   {tokens_per_second(folder):.0f} tokens/s (median)\n"
         f"   loss curve: {folder / 'loss.png'}\n   what each memory received: {folder / 'memories.png'}\n"
-        f"   TensorBoard: {Path(sys.executable).parent / 'tensorboard'} --logdir {logs}\n\n"
+        f"   TensorBoard: {programs / 'tensorboard'} --logdir {logs}\n\n"
         "Try next: another mixer, or no MoM at all\n"
-        f"   {Path(sys.executable).parent / 'torchrun'} --nproc-per-node 2 examples/pretrain.py \\\n"
-        f"     --config examples/configs/demo.yaml --tokenizer-model {folder}/bpe \\\n"
+        f"   {programs / 'torchrun'} --nproc-per-node 2 -m linear_moe pretrain \\\n"
+        f"     --config demo --tokenizer-model {folder}/bpe \\\n"
         f"     --train-data-path {folder}/train --valid-data-path {folder}/valid \\\n"
         "     --train-iters 200 --mixer gla --mom-memories 0\n"
-        "your own text: tools/preprocess_data.py --help; all flags: examples/pretrain.py --help\n"
+        f"your own text: {programs / 'linear-moe'} preprocess --help; all flags: pretrain --help\n"
         f"this demo once more: remove {folder}"
     )
     return 0 if better else 1
@@ -100,11 +100,11 @@ def prepare(folder: Path):
 
 
 def command(args, folder: Path, flags: list) -> list[str]:
-    """examples/pretrain.py under torchrun, in as many processes as the machine has use for."""
+    """linear-moe pretrain under torchrun, in as many processes as the machine has use for."""
     gpus = torch.cuda.device_count()
     processes = args.processes or (min(gpus, 2) if gpus else 2)
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    words += [ROOT / "examples" / "pretrain.py", "--config", ROOT / "examples" / "configs" / "demo.yaml"]
+    words += ["-m", "linear_moe", "pretrain", "--config", "demo"]
     words += ["--train-data-path", folder / "train", "--valid-data-path", folder / "valid"]
     words += ["--tokenizer-model", folder / "bpe"]
     words += [] if "--skip-train" in flags else ["--tensorboard-dir", folder / "tensorboard"]

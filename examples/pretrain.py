@@ -1,16 +1,11 @@
-"""Train a hybrid linear model: python examples/pretrain.py --config examples/configs/x.yaml [any flag].
-
-Under torchrun for several processes. The configuration's keys are Megatron's and linear_moe's flags; flags on the
-command line override them. --help lists all.
-"""
+"""`linear-moe pretrain` of this checkout, also where the package is not installed."""
 
 import sys
+from pathlib import Path
 
-from linear_moe.mcore.pretrain import prepare, train
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-if __name__ == "__main__":  # checkpoint writers start this module again in processes of their own
-    try:
-        args = prepare(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    train(args)
+from linear_moe.commands import main
+
+if __name__ == "__main__":
+    main(["pretrain", *sys.argv[1:]])

@@ -23,7 +23,7 @@ from linear_moe.evaluation.mqar_report import plot, require_matplotlib, table
 from linear_moe.evaluation.mqar_size import measure, with_parameters, with_state
 from linear_moe.evaluation.mqar_task import Task
 from linear_moe.evaluation.mqar_train import read_log, run_config
-from linear_moe.mcore.arguments import read_config
+from linear_moe.mcore.configs import packaged, read_config
 from linear_moe.mcore.yaml_text import parse_yaml
 
 # What a mixer's name alone stands for: two layers, with short convolutions (a key must meet its value).
@@ -56,17 +56,20 @@ def parse_model(word: str) -> tuple[str, dict[str, object]]:
     """``[NAME=]BASE[{key: value, ...}]`` -> its name and configuration.
 
     BASE is a mixer (in the model above), a mixer and ``+mom`` (4 memories, top-2, a shared one) or ``+mom-single-kv``
-    (the same with one set of write projections), ``softmax``, or a YAML configuration file. What stands in braces, in
-    YAML, are Megatron's and our arguments, and wins; mixer-args add to those that are there.
+    (the same with one set of write projections), ``softmax``, or a configuration: a YAML file or the name of a packaged
+    one, such as ``llama3/tiny``. What stands in braces, in YAML, are Megatron's and our arguments, and wins; mixer-args
+    add to those that are there.
 
     Raises:
         ValueError: another form, or a file that does not exist.
     """
     match = re.fullmatch(r"(?:([^={}]+)=)?([^={}]+)(\{.*\})?", word, re.DOTALL)
     if not match:
-        raise ValueError(f"a model is [NAME=]MIXER, MIXER+mom, softmax or FILE.yaml, then {{key: value}}, not {word!r}")
+        raise ValueError(
+            f"a model is [NAME=]MIXER, MIXER+mom, softmax or CONFIGURATION, then {{key: value}}, not {word!r}"
+        )
     name, base, own = match[1] or match[2], match[2], parse_options(match[3] or "{}")
-    if base.endswith((".yaml", ".yml")):
+    if base.endswith((".yaml", ".yml")) or "/" in base or base in packaged():
         return name, merge(read_config(base), own)
     if base == "softmax":
         return name, merge(BASE | {"layer-pattern": "N"}, own)

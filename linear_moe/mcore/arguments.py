@@ -1,4 +1,4 @@
-"""Our command-line flags, configuration files, and what they mean for the model's layers."""
+"""Our command-line flags, configurations as flags, and what they mean for the model's layers."""
 
 from __future__ import annotations
 
@@ -6,20 +6,18 @@ import argparse
 import difflib
 import functools
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
-from pathlib import Path
 
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.training.arguments import add_megatron_arguments
 
 from linear_moe.mcore.checkpoint import CHECKPOINT_DEFAULTS
+from linear_moe.mcore.configs import read_config
 from linear_moe.mcore.cpu import cpu_defaults
 from linear_moe.mcore.specs import LayerOptions, expand_pattern, mixer_options
 from linear_moe.mcore.vocabulary import patch_padding
-from linear_moe.mcore.yaml_text import parse_yaml
 from linear_moe.mom import MoMConfig
 from linear_moe.ssm import MIXERS
 
@@ -27,7 +25,7 @@ from linear_moe.ssm import MIXERS
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add our flags to a Megatron parser; give it to Megatron as ``extra_args_provider``."""
     patch_padding()  # here, because Megatron pads the vocabulary while it parses
-    parser.usage = "%(prog)s [--config FILE.yaml] [flags of Megatron and of linear_moe]"  # all 700 would hide an error
+    parser.usage = "%(prog)s [--config NAME] [flags of Megatron and of linear_moe]"  # all 700 would hide an error
     group = parser.add_argument_group("linear_moe")
     group.add_argument(
         "--mixer",
@@ -169,39 +167,9 @@ def _actions() -> dict[str, argparse.Action]:
     return {flag.replace("_", "-"): action for action in parser._actions for flag in action.option_strings}
 
 
-def read_config(path: str | Path) -> dict:
-    """A YAML 1.2 mapping of arguments, its keys with ``-``.
-
-    ``base: other.yaml``, relative to the file, names a mapping that it overrides key by key; null takes a key back.
-
-    Raises:
-        ValueError: no such file, not a mapping, or a file that is its own base.
-    """
-    return _read_config(Path(path), ())
-
-
-def _read_config(path: Path, above: tuple[Path, ...]) -> dict:
-    path = Path(os.path.normpath(path))
-    chain = (*above, path)
-    named = f"configuration {path}" + (f" (base of {above[-1]})" if above else "")
-    if path in above:
-        raise ValueError(f"configuration {path} is its own base: {' -> '.join(map(str, chain))}")
-    if not path.is_file():
-        raise ValueError(f"{named} does not exist")
-    config = parse_yaml(path.read_bytes(), named)
-    if not isinstance(config, dict):
-        raise ValueError(f"{named} must map argument names to values, but is a {type(config).__name__}")
-    config = {str(key).replace("_", "-"): value for key, value in config.items()}
-    base = config.pop("base", None)
-    if base is None:
-        return config
-    if not isinstance(base, str):
-        raise ValueError(f"{named}: base must be the name of a file, but is {base!r}")
-    return _read_config(path.parent / base, chain) | config
-
-
 def expand_argv(argv: list[str]) -> list[str]:
-    """Replace ``--config file.yaml`` by the flags that it stands for, put first so that the others override them.
+    """Replace ``--config NAME`` (see ``read_config``) by the flags that it stands for, put first so that the others
+    override them.
 
     ``--no-<switch>`` on the command line takes back a switch that the file set and that has no such flag of its own.
     """

@@ -73,7 +73,7 @@ def check_data(args) -> None:
         return
     sources = data_sources(args)
     if not sources:
-        raise ValueError("no data: give --data-path PREFIX (tools/preprocess_data.py makes one) or --mock-data")
+        raise ValueError("no data: give --data-path PREFIX (linear-moe preprocess makes one) or --mock-data")
     _check_sets(args, sources)
     for source in sources.values():
         _check_blend(source)

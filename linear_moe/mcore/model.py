@@ -21,11 +21,11 @@ from linear_moe.mcore.arguments import (
     add_arguments,
     config_argv,
     layer_options,
-    read_config,
     set_argv,
 )
 from linear_moe.mcore.checkpoint import patch_megatron
 from linear_moe.mcore.checks import check_arguments
+from linear_moe.mcore.configs import read_config
 from linear_moe.mcore.cpu import enable_cpu
 from linear_moe.mcore.init import reinitialize
 from linear_moe.mcore.mixer_layer import MixerLayer, before_forward
@@ -74,8 +74,8 @@ def build_model(config: str | Path | Mapping[str, object], **overrides: object) 
     """The model of a configuration, in this one process, without torchrun; for notebooks and tests.
 
     Args:
-        config: a YAML file or a mapping of Megatron's and our argument names. overrides: further arguments, such as
-        ``num_layers=4``; they win over the configuration.
+        config: a YAML file, the name of a packaged configuration such as ``"tiny"`` (see ``configs.read_config``), or a
+        mapping of Megatron's and our argument names. overrides: further arguments, such as ``num_layers=4``, which win.
 
     Returns:
         A ``megatron.core.models.gpt.GPTModel`` on the GPU, or on the CPU where there is none. Call it as

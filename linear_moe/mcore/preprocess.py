@@ -130,7 +130,7 @@ def check_dataset(prefix: str | Path, sequence_length: int, samples: int = 0, sp
     idx, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     for path in (idx, data):
         if not path.is_file():
-            raise ValueError(f"{path} does not exist: make it with tools/preprocess_data.py --output-prefix {prefix}")
+            raise ValueError(f"{path} does not exist: make it with linear-moe preprocess --output-prefix {prefix}")
     again = "preprocess the text again"
     content = np.memmap(idx, mode="r") if idx.stat().st_size else np.empty(0, np.uint8)
     if content.size < _HEADER.size:

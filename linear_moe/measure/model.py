@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 
 from linear_moe import build_model
+from linear_moe.mcore.configs import CONFIGS, read_config
 
 from .compare import verdict
 
-CONFIG = Path(__file__).parents[2] / "examples" / "configs" / "tiny.yaml"
+CONFIG = CONFIGS / "tiny.yaml"
 TOKENS = 100
 CHOOSES = ("num-experts", "moe-", "mom-")  # in 16 bits near ties go another way, and a token to another expert
 # kind -> dtype and limits, of logits and of gradients
@@ -25,9 +26,7 @@ KINDS = {"float32": (torch.float32, (1e-4, 1e-3)), "bfloat16": (torch.bfloat16, 
 
 def run_model(kind, dtype, seed, state=None):
     """(state, {"logits", "d<parameter>": float64 tensors on the CPU}) in that dtype; kind: of KINDS."""
-    from linear_moe.mcore.arguments import read_config  # which imports Megatron
-
-    config = {name.replace("_", "-"): value for name, value in read_config(CONFIG).items()}
+    config = read_config(CONFIG)
     if kind == "bfloat16":
         config = {name: value for name, value in config.items() if not name.startswith(CHOOSES)}
     model = build_model(config, use_cpu_initialization=True, transformer_impl="local", seed=seed)

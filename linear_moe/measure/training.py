@@ -5,14 +5,14 @@ import sys
 import time
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from linear_moe.mcore.configs import CONFIGS
+
 from .profiles import by_part, rows_of
 
-CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 MOCK = "--mock-data --tokenizer-type NullTokenizer --eval-iters 0 --num-workers 0 --transformer-impl local"
 FIRST, TIMED, PROFILED = 3, 5, 2  # steps; the first ones compile
 
@@ -51,7 +51,7 @@ class Watch:
 
 
 def train(config, flags, device, first=FIRST, timed=TIMED, profiled=PROFILED):
-    """A row, the parts of a step and its kernels. config: below examples/configs; flags: as on the command line.
+    """A row, the parts of a step and its kernels. config: below linear_moe/configs; flags: as on the command line.
 
     The last step is the one whose beginning ends the profile. Needs a process of its own.
     """

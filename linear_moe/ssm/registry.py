@@ -44,7 +44,8 @@ def mixer_class(name: str) -> type[Mixer]:
     try:
         found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"mixer {name!r} cannot be imported: {error}") from error
+        hint = "; is its folder on PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else ""
+        raise ValueError(f"mixer {name!r} cannot be imported: {error}{hint}") from error
     if not (isinstance(found, type) and issubclass(found, Mixer)):
         raise ValueError(f"mixer {name!r} is {found!r}, which is not a subclass of linear_moe.ssm.mixer.Mixer")
     return found

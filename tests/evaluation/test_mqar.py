@@ -11,6 +11,7 @@ from linear_moe.evaluation.mqar_size import layer_state, measure, with_parameter
 from linear_moe.evaluation.mqar_task import Examples, Task
 from linear_moe.evaluation.mqar_train import read_log
 from linear_moe.mcore.attention import TorchAttention
+from linear_moe.mcore.configs import read_config
 from linear_moe.mcore.model import build_model
 from linear_moe.ssm import core
 
@@ -177,6 +178,8 @@ def test_models_are_named_in_words(tmp_path):
     assert name == "mine"
     assert config == {"num-layers": 3, "mixer-args": {"conv_size": 2, "num_heads": 1, "norm_eps": 1e-6}}
     assert merge({"a-b": 1}, {"a_b": 2}) == {"a-b": 2}
+    assert parse_model("small=llama3/tiny{num-layers: 1}") == ("small", read_config("llama3/tiny") | {"num-layers": 1})
+    assert parse_model("tiny")[1] == read_config("tiny")
 
 
 @pytest.mark.parametrize(
@@ -187,6 +190,7 @@ def test_models_are_named_in_words(tmp_path):
         (["gla+mon"], {}, r"only \+mom or \+mom-single-kv may stand, not '\+mon'"),
         (["gla{num_heads: 3}"], {}, "unknown key 'num-heads'"),
         (["nowhere.yaml"], {}, "nowhere.yaml does not exist"),
+        (["llama3/tinny"], {}, "llama3/tinny does not exist.*; did you mean llama3/tiny"),
         (["glaa"], {}, "unknown mixer 'glaa'; did you mean 'gla'"),
         (["gla", "gla"], {}, "two models are called 'gla'"),
         (["gla"], {"lrs": [0.0]}, "must be positive"),

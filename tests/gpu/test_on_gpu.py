@@ -37,8 +37,6 @@ def test_computes_what_the_cpu_computes(gpu_environment, tmp_path):
 @pytest.mark.parametrize("flags", [[], ["--bf16"], ["--bf16", "--mixer", "gla"]], ids=" ".join)
 def test_trains(gpu_environment, flags):
     mock = "--mock-data --tokenizer-type NullTokenizer --vocab-size 511 --train-iters 20 --transformer-impl local"
-    output = run(
-        gpu_environment, "examples/pretrain.py", "--config", "examples/configs/tiny.yaml", *mock.split(), *flags
-    )
+    output = run(gpu_environment, "examples/pretrain.py", "--config", "tiny", *mock.split(), *flags)
     losses = [float(loss) for loss in re.findall(r"lm loss: (\S+)", output)]
     assert losses[-1] < losses[0]

@@ -8,8 +8,9 @@ import yaml
 from megatron.training.arguments import add_megatron_arguments
 
 from linear_moe.mcore import checks
-from linear_moe.mcore.arguments import add_arguments, config_argv, expand_argv, layer_options, read_config
+from linear_moe.mcore.arguments import add_arguments, config_argv, expand_argv, layer_options
 from linear_moe.mcore.checks import check_arguments
+from linear_moe.mcore.configs import CONFIGS, packaged, read_config
 from linear_moe.mcore.specs import expand_pattern
 
 MODEL = {"num-layers": 4, "hidden-size": 32, "num-attention-heads": 4, "seq-length": 32}
@@ -76,6 +77,11 @@ def test_bad_configuration_files(tmp_path):
     path.write_text("- 1\n- 2\n")
     with pytest.raises(ValueError, match="must map argument names to values, but is a list"):
         expand_argv(["--config", str(path)])
+    with pytest.raises(ValueError, match=f"configuration {tmp_path} is not a file, and linear_moe/configs has no such"):
+        expand_argv(["--config", str(tmp_path)])
+    path.write_text("# nothing\n")
+    with pytest.raises(ValueError, match=r"list.yaml is empty; it must map argument names"):
+        expand_argv(["--config", str(path)])
     path.write_text("a: [1\n")
     with pytest.raises(ValueError, match="not valid YAML"):
         expand_argv(["--config", str(path)])
@@ -127,6 +133,47 @@ def test_base_configurations(tmp_path):
     path.write_text("base: [a.yaml, b.yaml]\n")
     with pytest.raises(ValueError, match=r"base must be the name of a file, but is \['a.yaml', 'b.yaml'\]"):
         read_config(path)
+
+
+def test_packaged_configurations_by_name(tmp_path, monkeypatch):
+    """A name is a path below linear_moe/configs without .yaml; a file of that name wins, a folder does not."""
+    monkeypatch.chdir(tmp_path)
+    known = packaged()
+    assert {"tiny", "demo", "llama3/1.3b_mom", "common/tiny"} <= known.keys() and known["tiny"].parent == CONFIGS
+    (tmp_path / "llama3").mkdir()
+    (tmp_path / "tiny").mkdir()
+    assert read_config("tiny") == read_config(known["tiny"]) != read_config("llama3/tiny")
+    (tmp_path / "llama3" / "tiny").write_text("num-layers: 3\n")
+    assert read_config("llama3/tiny") == {"num-layers": 3}
+
+
+def test_a_base_may_be_packaged(tmp_path):
+    path = tmp_path / "model.yaml"
+    path.write_text("base: llama3/340m\nnum-layers: 2\n")
+    expected = read_config("llama3/340m") | {"num-layers": 2}
+    assert read_config(path) == expected and "bf16" in expected and "base" not in expected  # its base has that
+    (tmp_path / "llama3").mkdir()
+    (tmp_path / "llama3" / "340m").write_text("seed: 3\n")
+    assert read_config(path) == {"seed": 3, "num-layers": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("llama3/340m_mon", "; did you mean llama3/340m_mom or "),
+        ("qwen2_moe/tiny.yaml", "; did you mean qwen2_moe/tiny or "),
+        ("examples/configs/demo.yaml", "; did you mean demo?"),
+        ("mine", "; did you mean mine.yaml?"),
+        ("nothing-like-it", ""),
+    ],
+)
+def test_an_unknown_configuration_suggests(name, hint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").touch()
+    with pytest.raises(ValueError) as error:
+        read_config(name)
+    before = f"configuration {name} does not exist, and linear_moe/configs has no such name"
+    assert str(error.value).startswith(before + hint) and (hint or str(error.value) == before)
 
 
 def test_several_mixers():

@@ -1,8 +1,5 @@
 """The model that the arguments describe: its layers, gradients, cost, and mixers from outside."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +8,7 @@ from megatron.training.training import num_floating_point_operations
 
 import linear_moe
 from linear_moe.mcore.attention import TorchAttention
+from linear_moe.mcore.configs import CONFIGS, read_config
 from linear_moe.mcore.flops import training_flops
 from linear_moe.mcore.mixer_layer import MixerLayer
 from linear_moe.mcore.specs import moe_layers
@@ -19,7 +17,7 @@ from linear_moe.ssm import core
 from tests.helpers import rel_err
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = ROOT / "examples" / "configs" / "tiny.yaml"
+TINY = "tiny"
 STEP = 1e-4
 
 
@@ -242,12 +240,12 @@ def test_a_mixer_needs_one_registry_line(seed, monkeypatch):
     assert type(model.decoder.layers[0].self_attention.core.mixer).__name__ == "Toy"
 
 
-def arguments(path=TINY, **options):
-    from linear_moe.mcore.arguments import config_argv, read_config
+def arguments(name=TINY, **options):
+    from linear_moe.mcore.arguments import config_argv
     from linear_moe.mcore.model import _parse
 
     config = {k.replace("_", "-"): v for k, v in options.items()}
-    args = _parse(config_argv(read_config(path) | config))
+    args = _parse(config_argv(read_config(name) | config))
     args.padded_vocab_size = 512
     args.kv_channels = args.kv_channels or args.hidden_size // args.num_attention_heads
     return args
@@ -272,10 +270,10 @@ def test_flops_of_softmax_layers_are_megatrons():
         assert training_flops(args, 7) == megatrons_flops(args, 7), options
 
 
-@pytest.mark.parametrize("base", sorted(path.parent.name for path in TINY.parent.glob("*/tiny_mom.yaml")))
+@pytest.mark.parametrize("base", sorted(path.parent.name for path in CONFIGS.glob("*/tiny_mom.yaml")))
 def test_flops_of_base_models_softmax_layers_are_megatrons(base):
     """Latent attention, shared experts, output gates, dense first layers: all counted as Megatron counts them."""
-    args = arguments(TINY.parent / base / "tiny.yaml", layer_pattern="N")
+    args = arguments(f"{base}/tiny", layer_pattern="N")
     assert training_flops(args, 7) == megatrons_flops(args, 7)
 
 
@@ -304,7 +302,7 @@ def test_flops_of_token_shift_draw_nothing():
 
 def test_norms_of_latent_attention_are_named_as_with_transformer_engine():
     """It fuses them into the projections behind them; local checkpoints are the same format."""
-    model = linear_moe.build_model(TINY.parent / "deepseek_v3" / "tiny.yaml", layer_pattern="N")
+    model = linear_moe.build_model("deepseek_v3/tiny", layer_pattern="N")
     names = {getattr(tensor, "key", "") for tensor in model.sharded_state_dict().values()}
     for projection in ("linear_q_up_proj", "linear_kv_up_proj"):
         assert f"decoder.layers.1.self_attention.{projection}.layer_norm_weight" in names
@@ -318,17 +316,6 @@ def test_transformer_engine_specs_as_far_as_they_go():
         pytest.skip("Transformer Engine is installed: covered by running on its machine")
     with pytest.raises(ValueError, match=r"needs Transformer Engine: pip install linear-moe\[gpu\]"):
         linear_moe.build_model(TINY, transformer_impl="transformer_engine")
-
-
-def test_a_users_own_megatron_script(tmp_path):
-    """README's three lines in a script that otherwise knows Megatron only."""
-    command = [sys.executable, str(ROOT / "tests" / "mcore" / "own_script.py"), "--layer-pattern", "LN"]
-    command += ["--num-layers", "2", "--mom-memories", "3", "--mixer", "gla"]
-    run = subprocess.run(
-        command, capture_output=True, text=True, timeout=240, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
-    assert "iteration        3/       3" in run.stdout and "lm loss" in run.stdout
 
 
 def test_padded_packs_are_masked_by_their_padded_borders(seed):

@@ -1,17 +1,13 @@
 """Parameters of a configuration, counted without making them, and of the published sizes."""
 
-from pathlib import Path
-
 import pytest
 
 import linear_moe
 from linear_moe.mcore.parameters import count_parameters
 
-CONFIGS = Path(__file__).resolve().parents[2] / "examples" / "configs"
-
 
 def test_counts_what_is_built(seed):
-    config = CONFIGS / "qwen2_moe" / "tiny_mom.yaml"
+    config = "qwen2_moe/tiny_mom"
     model = linear_moe.build_model(config, vocab_size=500)
     named = {name: p.numel() for name, p in model.named_parameters()}
     counted = count_parameters(config, vocab_size=500)
@@ -31,6 +27,6 @@ def test_counts_what_is_built(seed):
     ],
 )
 def test_published_sizes(config, total, activated):
-    count = count_parameters(CONFIGS / f"{config}.yaml", vocab_size=32000)
+    count = count_parameters(config, vocab_size=32000)
     without = (count.total - count.embedding, count.activated - count.embedding)
     assert without == (pytest.approx(total * 1e6, abs=1e6), pytest.approx(activated * 1e6, abs=1e6))

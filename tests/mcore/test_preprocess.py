@@ -154,7 +154,7 @@ def break_file(suffix, change):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda p: Path(f"{p}.bin").unlink(), r"c\.bin does not exist: make it with tools/preprocess_data"),
+        (lambda p: Path(f"{p}.bin").unlink(), r"c\.bin does not exist: make it with linear-moe preprocess"),
         (break_file(".bin", lambda b: b[:-2]), r"c\.bin is truncated: \d+ bytes, its index says \d+"),
         (break_file(".bin", lambda b: b + b"\0\0"), r"c\.bin does not belong to its \.idx"),
         (break_file(".idx", lambda b: b""), r"c\.idx is truncated: 0 bytes"),

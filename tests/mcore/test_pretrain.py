@@ -15,12 +15,13 @@ from linear_moe.evaluation.plots import read_scalars
 from linear_moe.mcore import data_checks
 from linear_moe.mcore.arguments import expand_argv
 from linear_moe.mcore.checks import check_arguments
+from linear_moe.mcore.configs import CONFIGS
 from linear_moe.mcore.data_checks import check_data
 from linear_moe.mcore.pretrain import main
 from tests.mcore.test_arguments import parse
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = str(ROOT / "examples" / "configs" / "tiny.yaml")
+TINY = "tiny"
 
 
 def pretrain(*flags, cwd):
@@ -86,7 +87,6 @@ def test_bad_input_is_one_line(tmp_path):
     assert run.stderr.strip().splitlines()[-1].startswith("error: ")
 
 
-CONFIGS = ROOT / "examples" / "configs"
 WHOLE = [path for path in sorted(CONFIGS.rglob("*.yaml")) if path.parent.name != "common"]  # those are parts of others
 
 

@@ -4,7 +4,6 @@ import json
 import shutil
 import sys
 from argparse import Namespace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from linear_moe.mcore import pretrain, vocabulary
 from linear_moe.mcore.preprocess import load_documents, preprocess
 from linear_moe.mcore.vocabulary import check_vocabulary, padded_size
 
-TINY = str(Path(__file__).resolve().parents[2] / "examples" / "configs" / "tiny.yaml")
+TINY = "tiny"
 FILES = [f for f in stdlib_files() if f.parent.name == "json"]
 
 

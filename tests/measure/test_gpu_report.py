@@ -121,7 +121,7 @@ def test_phases_of_the_whole_plan():
 
 def test_refuses_in_one_line(tmp_path):
     done = subprocess.run([sys.executable, TOOL], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 1 and done.stderr.startswith("this benchmark measures a GPU")
+    assert done.returncode == 1 and done.stderr.startswith("error: this benchmark measures a GPU")
     assert done.stderr.count("\n") == 1 and not [*tmp_path.iterdir()]
     with pytest.raises(ValueError, match=r"minutes \(0\) must be more than 0.08"):
         gpu_report.run(0)

@@ -12,13 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from linear_moe.mcore.arguments import read_config
+from linear_moe.mcore.configs import CONFIGS, read_config
 from linear_moe.ssm import MIXERS
 from tests.parallel import harness
 from tests.parallel.launch import Case, Outcome, run_cases
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = ROOT / "examples" / "configs"
 BASES = sorted(path.parent.name for path in CONFIGS.glob("*/tiny_mom.yaml"))
 FORMS = ("tiny", "tiny_hybrid", "tiny_mom")  # every layer linear; with softmax layers; and with memories
 MIXED_FORMS = FORMS[1:]

@@ -1,4 +1,4 @@
-"""The base models as shipped in examples/configs, in all their forms: each trains, and goes on under pipeline
+"""The base models as shipped in linear_moe/configs, in all their forms: each trains, and goes on under pipeline
 parallelism as in one process. (Tensor, sequence and expert parallelism: test_matrix.py.)
 """
 

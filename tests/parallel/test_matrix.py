@@ -9,7 +9,8 @@ import functools
 import pytest
 
 import linear_moe
-from linear_moe.mcore.arguments import config_argv, read_config
+from linear_moe.mcore.arguments import config_argv
+from linear_moe.mcore.configs import read_config
 from tests.mcore.test_causality import T, check_causal, packed
 from tests.parallel import harness, matrix
 from tests.parallel.matrix import BASES, CELLS, MIXED_FORMS, mixed, part

@@ -345,7 +345,7 @@ def test_bad_options(name, options, message):
     [
         ("gated_deltanett", "unknown mixer 'gated_deltanett'; did you mean 'gated_deltanet'"),
         ("rubbish", "Allowed: linear_attention, retention"),
-        ("no.such.module:Class", "cannot be imported"),
+        ("no.such.module:Class", "cannot be imported: No module named 'no'; is its folder on PYTHONPATH"),
         ("linear_moe.ssm.mixer:Projection", "not a subclass"),
     ],
 )

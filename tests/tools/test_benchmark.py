@@ -13,7 +13,7 @@ TOOL = Path(__file__).resolve().parents[2] / "tools" / "benchmark.py"
 def test_without_a_gpu(command):
     done = subprocess.run([sys.executable, str(TOOL), *command.split()], capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("this benchmark measures a GPU")
+    assert done.stderr.splitlines()[-1].startswith("error: this benchmark measures a GPU")
 
 
 def test_nothing_to_do():

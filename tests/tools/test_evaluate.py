@@ -40,7 +40,8 @@ def test_a_small_model_learns_to_recall(tmp_path, monkeypatch):
     assert (tmp_path / "mqar.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(library, "_train", None)  # nothing is trained again
     monkeypatch.setattr(sys, "argv", ["evaluate", "mqar", *map(str, words)])
-    runpy.run_path(str(TOOL), run_name="__main__")
+    with pytest.raises(SystemExit, match="None"):
+        runpy.run_path(str(TOOL), run_name="__main__")
     assert (tmp_path / "results.jsonl").read_text() == json.dumps(result) + "\n"
 
 

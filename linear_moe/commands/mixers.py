@@ -1,4 +1,4 @@
-"""python -m linear_moe.ssm: lists the mixers with their rules, papers, states and options."""
+"""List the mixers with their rules, papers, states and options."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import textwrap
 from dataclasses import fields
 
-from linear_moe.ssm.registry import MIXERS, mixer_class
+from linear_moe.ssm import MIXERS, mixer_class
 
 
 def describe(name: str, hidden_size: int, num_attention_heads: int) -> str:
@@ -29,8 +29,8 @@ def describe(name: str, hidden_size: int, num_attention_heads: int) -> str:
     return "\n".join([name, *wrapped])
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m linear_moe.ssm", description="Lists the mixers.")
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="linear-moe mixers", description=__doc__)
     parser.add_argument("mixers", nargs="*", help="names; all unless given")
     parser.add_argument("--hidden-size", type=int, default=1024)
     parser.add_argument("--num-attention-heads", type=int, default=8)
@@ -42,7 +42,3 @@ def main(argv: list[str] | None = None) -> None:
     print(f"Options are those of a model of hidden size {args.hidden_size} with {args.num_attention_heads} heads.")
     print("Give others with --mixer-args '{\"head_dim\": 64}', or in a configuration under mixer-args.\n")
     print("\n\n".join(text))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""python -m linear_moe.ssm."""
+"""linear-moe mixers."""
 
 import re
 import subprocess
@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
+from linear_moe.commands.mixers import main
 from linear_moe.ssm import MIXERS, mixer_class
-from linear_moe.ssm.__main__ import main
 
 
 def test_every_mixer_with_rule_paper_state_and_options():
     shown = subprocess.run(
-        [sys.executable, "-m", "linear_moe.ssm"], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-m", "linear_moe", "mixers"], capture_output=True, text=True, check=True, timeout=60
     )
     blocks = {block.split("\n")[0]: " ".join(block.split()) for block in shown.stdout.split("\n\n")}
     assert set(MIXERS) <= blocks.keys()
