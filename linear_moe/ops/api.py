@@ -48,11 +48,14 @@ def _without_autocast(device_type):
 
 def _function(rule, backend):
     """What runs a rule on a backend: a function of its own, or a composition of such."""
-    if rule in PARTS and backend != "reference":
-        return partial(getattr(compose, rule), *(_function(part, backend) for part in PARTS[rule]))
+    if backend == "reference":
+        return getattr(reference, rule)
+    if rule in PARTS:
+        parts = [_function(part, backend) for part in PARTS[rule]]
+        return partial(getattr(compose, rule), *parts)
     if backend == "triton":
         return getattr(kernels(KERNELS[rule]), rule)
-    return getattr(reference if backend == "reference" else slots if rule == "read_by_value" else chunk, rule)
+    return getattr(slots if rule == "read_by_value" else chunk, rule)
 
 
 def _int32(cu_seqlens):
