@@ -9,7 +9,7 @@ demo: $(INSTALLED)
 	PYTHONWARNINGS=ignore $(VENV)/bin/python examples/demo.py
 
 test: $(INSTALLED) lint
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

@@ -16,7 +16,8 @@ extras = {
 }
 extras["gpu-peers"] = [*extras["peers"], "flash-qla==0.1.3", "tilelang"]  # what benchmarks compare with
 extras["dev"] = [
-    *extras["data"], *extras["hf"], *extras["look"], *extras["peers"], "pytest>=8.3", "ruff==0.17.5",
+    *extras["data"], *extras["hf"], *extras["look"], *extras["peers"], "pytest>=8.3", "pytest-xdist>=3.7",
+    "ruff==0.17.5",
     "setuptools>=77",  # a test builds the wheel without a network
 ]  # fmt: skip
 

@@ -6,11 +6,11 @@ import random
 import torch
 
 
-def rel_err(x, ref):
-    """||x - ref|| / ||ref|| in float64; 0 when both are zero, inf when only the reference is."""
+def rel_err(x, ref, scale=None):
+    """||x - ref|| / ||scale|| in float64, scale being ref unless given; 0 when both are zero, inf when only that is."""
     x, ref = x.detach().double(), ref.detach().double()
     assert x.shape == ref.shape, f"shape {[*x.shape]} instead of {[*ref.shape]}"
-    error, size = (x - ref).norm().item(), ref.norm().item()
+    error, size = (x - ref).norm().item(), (ref if scale is None else scale).norm().item()
     return error / size if size else (0.0 if error == 0 else float("inf"))
 
 

@@ -6,23 +6,23 @@ from importlib import import_module
 
 
 def ops(a):
-    import_module("linear_moe.ops.benchmark").run(a.repeats, a.scale, a.threads)
+    import_module("linear_moe.measure.torch_benchmark").run(a.repeats, a.scale, a.threads)
 
 
 def kernels(a):
-    return import_module("linear_moe.ops.kernel_benchmark").kernels(a.peer, a.repeats, a.rule)
+    return import_module("linear_moe.measure.kernel_benchmark").kernels(a.peer, a.repeats, a.rule)
 
 
 def mom(a):
-    return import_module("linear_moe.evaluation.layer_benchmark").mom(a.peer, a.repeats)
+    return import_module("linear_moe.measure.layer_benchmark").mom(a.peer, a.repeats)
 
 
 def decode(a):
-    import_module("linear_moe.ops.kernel_benchmark").decode(a.repeats)
+    import_module("linear_moe.measure.kernel_benchmark").decode(a.repeats)
 
 
 def tune(a):
-    import_module("linear_moe.ops.triton.tune").run(a.kernel)
+    import_module("linear_moe.measure.tune").run(a.kernel)
 
 
 def main(argv: list[str]) -> int:

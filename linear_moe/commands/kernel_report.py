@@ -12,7 +12,7 @@ import os
 def main(argv: list[str]) -> int:
     os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be compiled
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    from linear_moe.ops.triton import report  # which reads them
+    from linear_moe.measure import kernel_report as report  # which reads them
 
     parser = argparse.ArgumentParser(
         prog="linear-moe kernel-report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -172,41 +172,63 @@ def _groups(entry: dict) -> list[dict]:
 def _adapted(optimizer, target: dict, saved: list[dict]) -> dict:
     """The state to load into one optimizer: tensors from `target`, groups and step from wherever they were saved."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-    from megatron.training import get_args
 
-    groups = [group for entry in saved for group in _groups(entry)]
-    steps = [group["step"] for group in groups if group.get("step") is not None]
-    steps += [s for e in saved if (s := e.get("optimizer", e).get("state", {}).get("common_step")) is not None]
-    # All count together; an optimizer without parameters on the rank that wrote the groups has only counted to 0.
-    step = max(steps, default=None, key=float)
+    saved_groups = [group for entry in saved for group in _groups(entry)]
+    step = _last_step(saved, saved_groups)
+    torch_adam = _is_torch_adam(optimizer)
+    groups = _current_groups(optimizer, saved_groups)
     result = {key: value for key, value in target.items() if not isinstance(key, int)}
     if "grad_scaler" in saved[0]:
         result.setdefault("grad_scaler", saved[0]["grad_scaler"])
-    distributed = isinstance(optimizer, DistributedOptimizer)
-    if distributed:
+
+    if isinstance(optimizer, DistributedOptimizer):
         kinds = [entry["param_state_sharding_type"] for entry in saved if "param_state_sharding_type" in entry]
         result["param_state_sharding_type"] = kinds[0] if kinds else "fully_reshardable"
+        _set_step(groups, float(step) if torch_adam and step is not None else step)
+        return result | {"optimizer": {"param_groups": groups}}
 
-    current = optimizer.optimizer.state_dict()["param_groups"]
-    matched = [copy.deepcopy(_match(group, groups)) | {"params": group["params"]} for group in current]
+    # The plain optimizer keeps its tensors beside the groups; that of 16-bit parameters nests both.
+    nested = "fp32_from_fp16_params" in result
+    tensors = result.get("optimizer", {}) if nested else result
+    state = {key: value for key, value in tensors.get("state", {}).items() if isinstance(key, int) and value}
+    if not torch_adam:
+        _set_step(groups, step)
+    elif step is not None:
+        state["common_step"] = torch.as_tensor(float(step))
+    inner = {"param_groups": groups, "state": state}
+    return result | ({"optimizer": inner} if nested else inner)
+
+
+def _last_step(saved: list[dict], groups: list[dict]):
+    """The step that was saved, in the groups or beside them; None where there is none.
+
+    All count together; an optimizer without parameters on the rank that wrote the groups has only counted to 0.
+    """
+    steps = [group.get("step") for group in groups]
+    steps += [entry.get("optimizer", entry).get("state", {}).get("common_step") for entry in saved]
+    return max((step for step in steps if step is not None), default=None, key=float)
+
+
+def _set_step(groups: list[dict], step) -> None:
+    if step is not None:
+        for group in groups:
+            group["step"] = step
+
+
+def _current_groups(optimizer, saved: list[dict]) -> list[dict]:
+    """This optimizer's groups, each with what was saved of it; without a step."""
+    from megatron.training import get_args
+
     override = get_args().override_opt_param_scheduler
-    for group, now, live in zip(matched, current, optimizer.optimizer.param_groups, strict=True):
-        group["is_expert_parallel"] = now["is_expert_parallel"]
+    current = optimizer.optimizer.state_dict()["param_groups"]
+    groups = [copy.deepcopy(_match(now, saved)) for now in current]
+    for group, now, live in zip(groups, current, optimizer.optimizer.param_groups, strict=True):
+        group |= {name: now[name] for name in ("params", "is_expert_parallel")}
         group.pop("step", None)
         # Megatron reads learning rates in the groups, and pairs groups by them once more.
         source, destination = (now, group) if override else (group, live)
         destination.update({name: source[name] for name in SCHEDULE if name in source})
-    if step is not None and (distributed or not _is_torch_adam(optimizer)):
-        for group in matched:
-            group["step"] = float(step) if _is_torch_adam(optimizer) else step
-    nested = "fp32_from_fp16_params" in result or distributed
-    inner = {"param_groups": matched}
-    if not distributed:
-        tensors = (result.get("optimizer", {}) if nested else result).get("state", {})
-        inner["state"] = {key: value for key, value in tensors.items() if isinstance(key, int) and value}
-        if step is not None and _is_torch_adam(optimizer):
-            inner["state"]["common_step"] = torch.as_tensor(float(step))
-    return result | ({"optimizer": inner} if nested else inner)
+    return groups
 
 
 def _match(group: dict, saved: list[dict]) -> dict:

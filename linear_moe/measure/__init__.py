@@ -1,1 +1,1 @@
-"""What measures and checks on a GPU; no part of what a model runs."""
+"""Everything that measures, checks on a GPU, compiles for a report or tunes; no part of what a model runs."""

@@ -2,6 +2,7 @@
 
 import torch
 
+TOLERANCE = 1e-2  # of a result in bfloat16 that is timed
 LOSS_SCALE = 64.0  # float16 is trained with one: without it small gradients vanish
 # dtype: limits of outputs and states, and of gradients
 LIMITS = {torch.float32: (1e-5, 1e-4), torch.float16: (5e-3, 1e-2), torch.bfloat16: (1e-2, 2e-2)}
@@ -29,7 +30,8 @@ def outputs_and_gradients(function, inputs, device, per_token=()):
 
 
 def relative_error(x, reference, scale=None):
-    """|x - reference| / |scale|, scale being the reference itself unless given; inf where only that is zero."""
+    """|x - reference| / |scale|, in float64, scale being the reference unless given; inf where only that is zero."""
+    x, reference = x.double(), reference.double()
     error, size = (x - reference).norm().item(), (reference if scale is None else scale).norm().item()
     return error / size if size else (0.0 if error == 0 else float("inf"))
 

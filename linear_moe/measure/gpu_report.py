@@ -10,10 +10,11 @@ from importlib.util import find_spec
 
 import torch
 
-from linear_moe.ops.measure import heading, load, require_gpu
 from linear_moe.ops.triton.launch import architecture
 
 from . import plan as plans
+from .machine import heading, require_gpu
+from .peers import load
 from .pool import run as run_tasks
 from .written import Report
 

@@ -1,9 +1,25 @@
-"""A peer's autotuning, made short enough for a visit: split over processes that share Triton's disk cache."""
+"""A peer's functions; and its autotuning, made short enough for a visit: split over processes that share Triton's disk
+cache."""
+
+import importlib
+import os
 
 import triton.testing
 from triton.runtime.autotuner import Autotuner
 
 WARM_UP, REPEATS = 3, 12  # milliseconds that one configuration is tried for
+
+
+def load(path, peer):
+    """The peer's function "module:name"; ImportError that names the extra when it is not installed."""
+    module, name = path.split(":")
+    if peer == "fla":  # itself, not what else it finds installed
+        os.environ |= {"FLA_FLASH_QLA": "0", "FLA_FLASH_KDA": "0", "FLA_TILELANG": "0"}
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        extra = "gpu-peers" if peer == "flash-qla" else "peers"
+        raise ImportError(f"--peer {peer} needs it installed: pip install 'linear-moe[{extra}]' ({error})") from error
 
 
 def shorten_tuning():

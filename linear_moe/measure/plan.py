@@ -6,13 +6,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from linear_moe.evaluation import layer_benchmark
-from linear_moe.ops import kernel_benchmark, online
-from linear_moe.ops.kernel_benchmark import RULES, Size
+from linear_moe.ops import online
 from linear_moe.ops.triton import tuning
 from linear_moe.ssm.registry import MIXERS
 
-from . import capture, layers, model, parts, rules, times, training
+from . import capture, kernel_benchmark, layer_benchmark, layers, model, parts, rules, timed_tasks, training
+from .kernel_benchmark import RULES, Size
 from .pool import Task
 
 PARTS = ("checks", "times", "layer", "train", "decode")
@@ -112,20 +111,20 @@ def kernel_times(device, peer):
     wanted = [(rule.name, first) for rule in RULES] + [("gated_deltanet", size) for size in sizes]
     wanted += [(rule.name, sizes[-1]) for rule in RULES if rule.name != "gated_deltanet"]
     wanted += [(name, size) for size in sizes if size.D == 256 for name in ("gla", "kda", "mamba2")]
-    timed = [Task("times", "this device", times.time_machine, (device,), 30)]
+    timed = [Task("times", "this device", timed_tasks.time_machine, (device,), 30)]
     for name, size in wanted:
         arguments = (name, size, device, peer, REPEATS["times"])
-        timed.append(Task("times", f"{name} {size}", times.time_rule, arguments, 60))
+        timed.append(Task("times", f"{name} {size}", timed_tasks.time_rule, arguments, 60))
     compiling, shares = [], SHARES if peer else 1
-    for name, size in dict.fromkeys((name, replace(size, B=1, T=times.WARM_TOKENS)) for name, size in wanted):
+    for name, size in dict.fromkeys((name, replace(size, B=1, T=timed_tasks.WARM_TOKENS)) for name, size in wanted):
         for share in range(shares):
             arguments = (name, size, device, peer, share, shares)
-            compiling.append(ahead(f"{name} {size} {share}", times.compile_rule, arguments, alone=bool(peer)))
+            compiling.append(ahead(f"{name} {size} {share}", timed_tasks.compile_rule, arguments, alone=bool(peer)))
     for widths, op in itertools.product(WIDTHS, OPS):
         if op in ONLINE and max(widths) > online.MAX_WIDTH:
             continue
-        compiling.append(ahead(f"{op} {widths}", times.compile_case, (op, widths, device)))
-        timed.append(Task("times", f"{op} {widths}", times.time_case, (op, widths, device, REPEATS["times"]), 60))
+        compiling.append(ahead(f"{op} {widths}", timed_tasks.compile_case, (op, widths, device)))
+        timed.append(Task("times", f"{op} {widths}", timed_tasks.time_case, (op, widths, device, REPEATS["times"]), 60))
     return timed, compiling
 
 
@@ -133,10 +132,10 @@ def layer_times(device, peer):
     """The same, of the layer."""
     timed, compiling, shares = [], [], SHARES if peer else 1
     for size in layer_benchmark.SIZES:
-        timed.append(Task("layer", str(size), times.time_layer, (size, device, peer, REPEATS["layer"]), 90))
+        timed.append(Task("layer", str(size), timed_tasks.time_layer, (size, device, peer, REPEATS["layer"]), 90))
         for share in range(shares):
             arguments = (size, device, peer, share, shares)
-            compiling.append(ahead(f"layer {size} {share}", times.compile_layer, arguments, alone=bool(peer)))
+            compiling.append(ahead(f"layer {size} {share}", timed_tasks.compile_layer, arguments, alone=bool(peer)))
     return timed, compiling
 
 
@@ -152,10 +151,10 @@ def decoding_times(device):
     timed, compiling, size = [], [], Size(0, 0, 16, 128)
     for sequences, rule in itertools.product((1, 64), DECODED):
         arguments = (rule, sequences, size, CONTEXTS, device, REPEATS["decode"])
-        timed.append(Task("decode", f"{rule}, {sequences} sequences", times.time_decoding, arguments, 60))
+        timed.append(Task("decode", f"{rule}, {sequences} sequences", timed_tasks.time_decoding, arguments, 60))
     for rule in DECODED:
-        arguments = (rule, 1, size, (times.WARM_TOKENS,), device, 1)
-        compiling.append(ahead(f"decoding {rule}", times.time_decoding, arguments))
+        arguments = (rule, 1, size, (timed_tasks.WARM_TOKENS,), device, 1)
+        compiling.append(ahead(f"decoding {rule}", timed_tasks.time_decoding, arguments))
     return timed, compiling
 
 

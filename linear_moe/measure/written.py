@@ -5,10 +5,9 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from linear_moe.ops.triton.report import table
-
 from .plan import PARTS
 from .pool import CUT, GOOD
+from .tables import table
 
 DTYPES = ("bfloat16", "float16", "float32")
 TITLES = {

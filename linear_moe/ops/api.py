@@ -20,6 +20,7 @@ from . import grouped as grouped_torch
 from . import short_conv as conv
 from .backend import choose_backend, kernels
 from .check import (
+    check_combine,
     check_conv,
     check_dplr,
     check_grouped,
@@ -47,11 +48,14 @@ def _without_autocast(device_type):
 
 def _function(rule, backend):
     """What runs a rule on a backend: a function of its own, or a composition of such."""
-    if rule in PARTS and backend != "reference":
-        return partial(getattr(compose, rule), *(_function(part, backend) for part in PARTS[rule]))
+    if backend == "reference":
+        return getattr(reference, rule)
+    if rule in PARTS:
+        parts = [_function(part, backend) for part in PARTS[rule]]
+        return partial(getattr(compose, rule), *parts)
     if backend == "triton":
         return getattr(kernels(KERNELS[rule]), rule)
-    return getattr(reference if backend == "reference" else slots if rule == "read_by_value" else chunk, rule)
+    return getattr(slots if rule == "read_by_value" else chunk, rule)
 
 
 def _int32(cu_seqlens):
@@ -251,11 +255,12 @@ def grouped_linear(x, weight, offsets, *, routes=None, backend="auto"):
     """One linear map for each group of consecutive rows: row r of group m becomes x[r] @ weight[m].T.
 
     x [R, D], or tokens [B*T, D] with routes, whose rows are then gathered; weight [G, E, D]; offsets int32 [G], the END
-    of every group's rows, the last one R. Returns [R, E]. Raises ValueError for shapes or a backend that do not fit.
+    of every group's rows, the last one R. Returns [R, E]. Raises ValueError for shapes, dtypes or a backend that do not
+    fit.
     """
-    check_grouped(x, weight, offsets, routes)
     if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):  # as F.linear
         x, weight = (y.to(torch.get_autocast_dtype(x.device.type)) for y in (x, weight))
+    check_grouped(x, weight, offsets, routes)
     if choose_backend("grouped_linear", backend, x) == "triton":
         maps = (None, None) if routes is None else (routes.token, routes.row)
         return kernels("grouped").grouped_linear(x, weight, offsets, *maps)
@@ -263,7 +268,11 @@ def grouped_linear(x, weight, offsets, *, routes=None, backend="auto"):
 
 
 def combine(rows, routes, *, backend="auto"):
-    """The weighted sum of every token's rows: [R, ...] -> [B*T, ...], in the rows' dtype."""
+    """The weighted sum of every token's rows: [R, ...] -> [B*T, ...], in the rows' dtype.
+
+    Raises ValueError for routes of another number of rows or a backend that does not fit.
+    """
+    check_combine(rows, routes)
     if choose_backend("combine", backend, rows) == "triton":
         return kernels("combine").combine(rows, routes.row, routes.weights)
     return routing.combine(rows, routes)

@@ -236,6 +236,7 @@ def check_grouped(x, weight, offsets, routes):
     shapes = f"{[*x.shape]}, {[*weight.shape]} and {[*offsets.shape]}"
     _require(fits, rule, f"x must be [R, D], weight [G, E, D] and offsets [G], not {shapes}")
     _one_device(rule, x, weight=weight, offsets=offsets)
+    _require(x.dtype == weight.dtype, rule, f"x and weight must share a dtype, not {x.dtype} and {weight.dtype}")
     rows = len(x)
     if routes is not None:
         _require(len(routes.row) == len(x), rule, f"the routes are of {len(routes.row)} tokens, x has {len(x)}")
@@ -243,6 +244,16 @@ def check_grouped(x, weight, offsets, routes):
     _require(offsets.dtype == torch.int32, rule, f"offsets must be int32, not {offsets.dtype}")
     message = f"offsets must end at the number of rows ({rows}) and not decrease"
     _holds(rule, offsets, lambda x: (x[0] >= 0) & (x[-1] == rows) & (x.diff() >= 0).all(), message)
+
+
+def check_combine(rows, routes):
+    """The operands of combine."""
+    _rows_of(routes, "combine", "rows", rows)
+
+
+def _rows_of(routes, rule, name, x):
+    fits = len(routes.token) == len(x)
+    _require(fits, rule, f"the routes have {len(routes.token)} rows, {name} has {len(x)}")
 
 
 def check_norm(o, weight, gate, activation, routes):
@@ -254,7 +265,7 @@ def check_norm(o, weight, gate, activation, routes):
     _require(activation in ("silu", "sigmoid"), rule, f"activation ({activation!r}) must be 'silu' or 'sigmoid'")
     tokens = rows
     if routes is not None:
-        _require(len(routes.token) == rows, rule, f"the routes have {len(routes.token)} rows, o has {rows}")
+        _rows_of(routes, rule, "o", o)
         tokens = len(routes.row)
     _one_device(rule, o, weight=weight, gate=gate)
     if gate is not None:

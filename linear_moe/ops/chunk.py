@@ -1,7 +1,13 @@
 """The update rules, chunk-parallel in torch (MATHS.md, "Chunk-parallel forms"); autograd does the backward.
 
-Legend of a chunked tensor: R rows, one a (chunk, head); C tokens of a chunk; K, V key and value channels.
-Only differences of running decays that are <= 0 are ever exponentiated, so nothing overflows.
+Each in the four steps of arXiv 2405.21060: 1. inside the chunk, what its tokens have to do with each other; 2. states,
+what a chunk adds to the state; 3. across chunks, the state before every chunk; 4. outputs, from inside the chunk and
+from the state before it. Where what a chunk adds depends on the state before it, as a delta rule's writes, 2 is part
+of 3.
+
+Suffixes, of chunked tensors: R rows, one a (chunk, head); C tokens of a chunk; K, V key and value channels; D the
+channels of a decay, K or 1. Only differences of running decays that are <= 0 are ever exponentiated, so nothing
+overflows.
 """
 
 import math
@@ -23,7 +29,8 @@ def _chunk_length(tokens, sequences):
 
 
 def _prepare(q, k, v, g, beta, scale, initial_state, cu_seqlens):
-    """Layout, then q (scaled), k, v, g, beta as chunks [R, C, D], and the initial states."""
+    """The layout; then, as chunks, q (scaled), k [R, C, K], v [R, C, V], g [R, C, D], beta [R, C, 1]; and the initial
+    states [N, HV, K, V]."""
     dtype, (B, T, HV, V) = compute_dtype(v), v.shape
     sequences, tokens = (B, B * T) if cu_seqlens is None else (len(cu_seqlens) - 1, T)
     layout = Layout(v, cu_seqlens, _chunk_length(tokens, sequences))
@@ -81,6 +88,7 @@ def _channel_products(lefts, rights, G):
     towards the first half's last token.
     """
     R, C, K = G.shape
+    # h = 1: every token by itself
     blocks = [(x * y).sum(-1).view(R, C, 1, 1) for x in lefts for y in rights]
     h = 1
     while h < C:
@@ -106,39 +114,52 @@ def _last(decay):
     return decay[:, -1].unsqueeze(-1)
 
 
+def _with_decay(*tensors, decay):
+    """What a walk takes of every chunk: the tensors and, where there is one, the decay of the whole chunk."""
+    return tensors if decay is None else (*tensors, _last(decay))
+
+
 def linear_attention(q, k, v, g=None, *, scale, initial_state=None, return_state=False, cu_seqlens=None):
     """See api.linear_attention."""
-    dtype = v.dtype
-    layout, q, k, v, g, _, state = _prepare(q, k, v, g, None, scale, initial_state, cu_seqlens)
-    (scores,), (k_end,), decay = _products([q], [k], g)
-    writes = k_end.mT @ v
-    if decay is None:
-        before, _, state = layout.scan(lambda S, write: (S + write, None), state, writes)
-    else:
-        before, _, state = layout.scan(lambda S, d, write: (d * S + write, None), state, _last(decay), writes)
-    o = torch.baddbmm(scores @ v, _decayed(q, decay), before)
-    return layout.unpack(o).to(dtype), state if return_state else None
+    layout, q_RCK, k_RCK, v_RCV, g_RCD, _, initial = _prepare(q, k, v, g, None, scale, initial_state, cu_seqlens)
+    # 1. Inside the chunk
+    (qk_RCC,), (k_end_RCK,), decay_RCD = _products([q_RCK], [k_RCK], g_RCD)
+    # 2. States
+    writes_RKV = k_end_RCK.mT @ v_RCV
+
+    # 3. Across chunks
+    def update(S, write, whole=None):
+        kept = S if whole is None else whole * S
+        return kept + write, None
+
+    before_RKV, _, final = layout.scan(update, initial, *_with_decay(writes_RKV, decay=decay_RCD))
+    # 4. Outputs
+    o_RCV = torch.baddbmm(qk_RCC @ v_RCV, _decayed(q_RCK, decay_RCD), before_RKV)
+    return layout.unpack(o_RCV).to(v.dtype), final if return_state else None
 
 
 def delta_rule(q, k, v, beta, g=None, *, scale, initial_state=None, return_state=False, cu_seqlens=None):
-    """See api.delta_rule. WY form: with A the strict triangle of b_i k_i.k_j e^(G_i - G_j), u = (I+A)^-1 (b v),
-    w = (I+A)^-1 (b e^G k), the rule on a chunk is linear attention over the values u - w S_0."""
-    dtype, V = v.dtype, v.shape[-1]
-    layout, q, k, v, g, beta, state = _prepare(q, k, v, g, beta, scale, initial_state, cu_seqlens)
-    (scores, keys), (k_end,), decay = _products([q, k], [k], g)
-    targets = beta * torch.cat([v, _decayed(k, decay)], -1)
-    # unitriangular: the diagonal of `keys` is never read, neither here nor in the backward
-    solved = torch.linalg.solve_triangular(beta * keys, targets, upper=False, unitriangular=True)
-    u, w = solved.split([V, k.shape[-1]], -1)
+    """See api.delta_rule. WY form (arXiv 2406.06484): with A the strict triangle of b_i k_i.k_j e^(G_i - G_j),
+    u = (I+A)^-1 (b v), w = (I+A)^-1 (b e^G k), the rule on a chunk is linear attention over the values u - w S_0."""
+    layout, q_RCK, k_RCK, v_RCV, g_RCD, beta_RC1, initial = _prepare(q, k, v, g, beta, scale, initial_state, cu_seqlens)
+    # 1. Inside the chunk
+    (qk_RCC, kk_RCC), (k_end_RCK,), decay_RCD = _products([q_RCK, k_RCK], [k_RCK], g_RCD)
+    targets = beta_RC1 * torch.cat([v_RCV, _decayed(k_RCK, decay_RCD)], -1)
+    # unitriangular: the diagonal of kk is never read, neither here nor in the backward
+    solved = torch.linalg.solve_triangular(beta_RC1 * kk_RCC, targets, upper=False, unitriangular=True)
+    u_RCV, w_RCK = solved.split([v.shape[-1], k.shape[-1]], -1)
 
-    def update(S, u, w, k, *d):
+    # 2. States and 3. across chunks
+    def update(S, u, w, k_end, whole=None):
         values = torch.baddbmm(u, w, S, alpha=-1)
-        return torch.baddbmm(d[0] * S if d else S, k.mT, values), values
+        kept = S if whole is None else whole * S
+        return torch.baddbmm(kept, k_end.mT, values), values
 
-    chunks = (u, w, k_end) if decay is None else (u, w, k_end, _last(decay))
-    before, values, state = layout.scan(update, state, *chunks)
-    o = torch.baddbmm(scores @ values, _decayed(q, decay), before)
-    return layout.unpack(o).to(dtype), state if return_state else None
+    chunks = _with_decay(u_RCV, w_RCK, k_end_RCK, decay=decay_RCD)
+    before_RKV, values_RCV, final = layout.scan(update, initial, *chunks)
+    # 4. Outputs
+    o_RCV = torch.baddbmm(qk_RCC @ values_RCV, _decayed(q_RCK, decay_RCD), before_RKV)
+    return layout.unpack(o_RCV).to(v.dtype), final if return_state else None
 
 
 def dplr(q, k, v, a, b, g, *, scale, initial_state=None, return_state=False, cu_seqlens=None):
@@ -146,21 +167,27 @@ def dplr(q, k, v, a, b, g, *, scale, initial_state=None, return_state=False, cu_
 
     u_t = a_t^T S_{t-1} solves u = (I - A_ab)^-1 (A_ak v + a~ S_0), strict triangles and a~_i = a_i e^(G_{i-1}).
     """
-    dtype, V = v.dtype, v.shape[-1]
-    layout, q, k, v, g, _, state = _prepare(q, k, v, g, None, scale, initial_state, cu_seqlens)
-    a, b = (layout.pack(x.to(v.dtype)) for x in (a, b))
-    early = pad(a[:, 1:], (0, 0, 0, 1))
-    (qk, qb, ak, ab), ends, decay = _products([q, early], [k, b], g)
-    ak, ab = (pad(x[:, :-1], (0, 0, 1, 0)) for x in (ak, ab))
-    start = torch.cat([a[:, :1], a[:, 1:] * decay[:, :-1]], 1)
+    layout, q_RCK, k_RCK, v_RCV, g_RCK, _, initial = _prepare(q, k, v, g, None, scale, initial_state, cu_seqlens)
+    a_RCK, b_RCK = (layout.pack(x.to(v_RCV.dtype)) for x in (a, b))
+    # 1. Inside the chunk
+    early_RCK = pad(a_RCK[:, 1:], (0, 0, 0, 1))
+    products, ends, decay_RCK = _products([q_RCK, early_RCK], [k_RCK, b_RCK], g_RCK)
+    qk_RCC, qb_RCC, *of_early = products
+    ak_RCC, ab_RCC = (pad(x[:, :-1], (0, 0, 1, 0)) for x in of_early)
+    start_RCK = torch.cat([a_RCK[:, :1], a_RCK[:, 1:] * decay_RCK[:, :-1]], 1)
+    targets = torch.cat([ak_RCC @ v_RCV, start_RCK], -1)
     # unitriangular, as in delta_rule
-    solved = torch.linalg.solve_triangular(-ab, torch.cat([ak @ v, start], -1), upper=False, unitriangular=True)
+    solved = torch.linalg.solve_triangular(-ab_RCC, targets, upper=False, unitriangular=True)
+    u_RCV, w_RCK = solved.split([v.shape[-1], k.shape[-1]], -1)
 
-    def update(S, u, w, v, ends, d):
+    # 2. States and 3. across chunks; u now with what the state before the chunk adds, ends of k and, below, of b
+    def update(S, u, w, v, ends, whole):
         u = torch.baddbmm(u, w, S)
-        return torch.baddbmm(d * S, ends.mT, torch.cat([v, u], 1)), u
+        return torch.baddbmm(whole * S, ends.mT, torch.cat([v, u], 1)), u
 
-    chunks = (*solved.split([V, k.shape[-1]], -1), v, torch.cat(ends, 1), _last(decay))
-    before, u, state = layout.scan(update, state, *chunks)
-    o = torch.baddbmm(torch.baddbmm(qk @ v, qb, u), q * decay, before)
-    return layout.unpack(o).to(dtype), state if return_state else None
+    chunks = _with_decay(u_RCV, w_RCK, v_RCV, torch.cat(ends, 1), decay=decay_RCK)
+    before_RKV, u_RCV, final = layout.scan(update, initial, *chunks)
+    # 4. Outputs
+    inside_RCV = torch.baddbmm(qk_RCC @ v_RCV, qb_RCC, u_RCV)
+    o_RCV = torch.baddbmm(inside_RCV, q_RCK * decay_RCK, before_RKV)
+    return layout.unpack(o_RCV).to(v.dtype), final if return_state else None

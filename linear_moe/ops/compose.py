@@ -6,12 +6,16 @@ from .shift import token_shift
 
 def rwkv6(attention, q, k, v, g, u, *, scale, initial_state=None, return_state=False, cu_seqlens=None):
     """See api.rwkv6. What token t asks of S_{t-1}, token t - 1 asks early, and the answer is moved one token on."""
-    options = {"initial_state": initial_state, "return_state": return_state, "cu_seqlens": cu_seqlens}
-    # A sequence's last token asks with a stranger's query; the shift drops that answer.
-    early, state = attention(q.roll(-1, 1), k, v, g, scale=scale, **options)
     dtype = compute_dtype(v)
-    first = None if initial_state is None else scale * _first_answers(q, initial_state.to(dtype), cu_seqlens).flatten(1)
+    options = {"initial_state": initial_state, "return_state": return_state, "cu_seqlens": cu_seqlens}
+    # 1. Answers, one token early [B, T, H, V]. A sequence's last token asks with a stranger's query: see 2.
+    early, state = attention(q.roll(-1, 1), k, v, g, scale=scale, **options)
+    # 2. One token on, which drops a sequence's last one; its first one gets what the initial state answers [N, H V]
+    first = None
+    if initial_state is not None:
+        first = scale * _first_answers(q, initial_state.to(dtype), cu_seqlens).flatten(1)
     answers, _ = token_shift(early.flatten(2), initial_state=first, cu_seqlens=cu_seqlens)
+    # 3. The token's own bonus [B, T, H, 1]
     bonus = scale * (q.to(dtype) * u.to(dtype) * k.to(dtype)).sum(-1, keepdim=True)
     return (answers.view(v.shape) + bonus * v).to(v.dtype), state
 
@@ -26,9 +30,11 @@ def _first_answers(q, state, cu_seqlens):
 
 def gsa(attention, read_by_value, q, k, v, s, g, *, scale, initial_state=None, return_state=False, cu_seqlens=None):
     """See api.gsa. `read_by_value`: the backend's, see slots.py."""
-    keys, values = (None, None) if initial_state is None else initial_state
+    first_keys, first_values = (None, None) if initial_state is None else initial_state
     options = {"return_state": return_state, "cu_seqlens": cu_seqlens}
-    scores, keys = read_by_value(q, s, k, g, scale=scale, initial_state=keys, **options)
-    p = scores.softmax(-1).to(v.dtype)
-    o, values = attention(p, s, v, g, scale=1.0, initial_state=values, **options)
+    # 1. Which slots a token asks: r = scale Kt q over the slots, p their softmax [B, T, H, M]
+    r, keys = read_by_value(q, s, k, g, scale=scale, initial_state=first_keys, **options)
+    p = r.softmax(-1).to(v.dtype)
+    # 2. What they hold: o = Vt^T p
+    o, values = attention(p, s, v, g, scale=1.0, initial_state=first_values, **options)
     return o, (keys, values) if return_state else None

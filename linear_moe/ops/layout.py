@@ -20,7 +20,7 @@ class Layout:
         self.B, self.T, self.H, _ = v.shape
         self.C, self.cu_seqlens = chunk, cu_seqlens
         self.N = self.B if cu_seqlens is None else len(cu_seqlens) - 1
-        self.order = self.first = None
+        self.order, self.in_order = None, False  # set by the two ways to pack
         if cu_seqlens is None:
             steps = [self.B] * -(-self.T // chunk)
         elif v.device.type == "cpu" if read_lengths is None else read_lengths:
@@ -39,15 +39,21 @@ class Layout:
 
     def _pack_by_length(self, cu_seqlens):
         counts, sequence, place = self._place(cu_seqlens)
+        # Sequences by length, the longest first: lane l of every step is the l-th of them
         self.order = counts.argsort(descending=True, stable=True)
         lane = self.order.argsort()
-        active = self.N - torch.bincount(counts).cumsum(0)[:-1]  # sequences with more than s chunks
+        # Of every step s: how many sequences have more than s chunks, and how many chunks the steps before it hold
+        active = self.N - torch.bincount(counts).cumsum(0)[:-1]
+        before = active.cumsum(0) - active
+        # Of every token: its step, its chunk, and its place among all chunks' tokens
         step = place // self.C
-        self.slot = ((active.cumsum(0) - active)[step] + lane[sequence]) * self.C + place % self.C
+        chunk = before[step] + lane[sequence]
+        self.slot = chunk * self.C + place % self.C
         return active.tolist()
 
     def _pack_in_order(self, cu_seqlens):
         counts, sequence, place = self._place(cu_seqlens)
+        self.in_order = True
         bound = self.T // self.C + self.N if self.N else 0  # the true number of chunks is not known here
         end = counts.cumsum(0)
         self.slot = (end - counts)[sequence] * self.C + place
@@ -86,14 +92,14 @@ class Layout:
         shape = state.shape
         if not self.chunks:
             return state.new_zeros(0, *shape[2:]), inputs[0], state
-        if self.first is not None:
+        if self.in_order:
             initial = state[self.owner].flatten(0, 1).split(self.rows)
             first, S = self.first.split(self.rows), state.new_zeros(self.H, *shape[2:])
         else:
             S = (state if self.order is None else take(state, self.order)).flatten(0, 1)
         before, outputs, after = [], [], []
         for s, chunk in enumerate(zip(*(x.split(self.rows) for x in inputs))):
-            if self.first is not None:
+            if self.in_order:
                 S = torch.where(first[s], initial[s], S)
             elif self.rows[s] < len(S):
                 S, done = S.split([self.rows[s], len(S) - self.rows[s]])
@@ -101,13 +107,13 @@ class Layout:
             before.append(S)
             S, y = update(S, *chunk)
             outputs.append(y)
-            if self.first is not None:
+            if self.in_order:
                 after.append(S)
         final = self._final(state, S, after)
         return torch.cat(before), torch.cat(outputs) if outputs[0] is not None else None, final
 
     def _final(self, state, S, after):
-        if self.first is not None:
+        if self.in_order:
             S = torch.stack(after).view(-1, *state.shape[1:])
             return torch.where(self.empty, state, S[self.last])
         S = torch.cat([S, *reversed(after)]).view(state.shape)

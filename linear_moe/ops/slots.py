@@ -1,4 +1,4 @@
-"""Reading a state by its values, chunk-parallel in torch; autograd does the backward. Legend: see chunk.py."""
+"""Reading a state by its values, chunk-parallel in torch; autograd does the backward. Steps, suffixes: see chunk.py."""
 
 import torch
 
@@ -11,12 +11,19 @@ def read_by_value(x, k, v, g, *, scale, initial_state=None, return_state=False, 
     x, v [B, T, H, V]; k, g [B, T, H, K]. Returns (r [B, T, H, K] float32 (float64 for float64 values), final state or
     None). It is what linear_attention's backward computes for the queries when x is the output's gradient.
     """
-    layout, x, k, v, g, _, state = _prepare(x, k, v, g, None, scale, initial_state, cu_seqlens)
-    G, decay, to_end = _decays(g)
-    writes = (k * to_end).mT @ v
-    before, _, state = layout.scan(lambda S, d, write: (d * S + write, None), state, _last(decay), writes)
-    r = _inside(x, k, v, G) + decay * (x @ before.mT)
-    return layout.unpack(r), state if return_state else None
+    layout, x_RCV, k_RCK, v_RCV, g_RCK, _, initial = _prepare(x, k, v, g, None, scale, initial_state, cu_seqlens)
+    # 2. States
+    G_RCK, decay_RCK, to_end_RCK = _decays(g_RCK)
+    writes_RKV = (k_RCK * to_end_RCK).mT @ v_RCV
+
+    # 3. Across chunks
+    def update(S, write, whole):
+        return whole * S + write, None
+
+    before_RKV, _, final = layout.scan(update, initial, writes_RKV, _last(decay_RCK))
+    # 1. Inside the chunk and 4. outputs
+    r_RCK = _inside(x_RCV, k_RCK, v_RCV, G_RCK) + decay_RCK * (x_RCV @ before_RKV.mT)
+    return layout.unpack(r_RCK), final if return_state else None
 
 
 def _inside(x, k, v, G):

@@ -26,9 +26,16 @@ def gradients(model, loss):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-def differences(ours, theirs, tolerance=1e-4):
+# The gradients of what a head has one number of are sums over all tokens, whose terms cancel here up to 44-fold:
+# rounding of the terms, below 2e-7 of their absolute values, is as much as 7e-6 of the sum (1,000 seeds).
+SUMS_OVER_TOKENS = ("A_log", "dt_bias")
+
+
+def differences(ours, theirs, tolerance=1e-5):
+    """{name: relative error} of the gradients that differ by more than the tolerance, ten times it for such sums."""
     errors = {name: rel_err(ours[name], theirs[name]) for name in theirs}
-    return {name: error for name, error in errors.items() if not error < tolerance}
+    limits = {name: tolerance * (10 if name.endswith(SUMS_OVER_TOKENS) else 1) for name in errors}
+    return {name: error for name, error in errors.items() if not error < limits[name]}
 
 
 def packed(borders, padded=None):

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from linear_moe.measure import gpu_report, parts, plan, rules, times, training
+from linear_moe.measure import gpu_report, parts, plan, rules, timed_tasks, training
+from linear_moe.measure.kernel_benchmark import Size
 from linear_moe.measure.plan import Plan
 from linear_moe.measure.pool import Task
-from linear_moe.ops.kernel_benchmark import Size
 from tests.helpers import fresh_seed
 from tests.measure import broken
 from tests.measure.test_pool import gone
@@ -38,17 +38,17 @@ def small_plan(seed):
         Task("checks", "step 16x16 float32", rules.check_steps, ("delta_rule", (1, 1), *arguments)),
         Task("checks", "norm and gate 16 float32", parts.check_norm, (WIDTH, torch.float32, "cpu", LENGTHS, seed)),
     ]
-    ahead = Task("compiling", "retention ahead", times.compile_rule, ("retention", SIZE, "cpu", None, 0, 1))
+    ahead = Task("compiling", "retention ahead", timed_tasks.compile_rule, ("retention", SIZE, "cpu", None, 0, 1))
     timed = {
         "times": [
-            Task("times", "this device", times.time_machine, ("cpu",)),
-            Task("times", "retention", times.time_rule, ("retention", SIZE, "cpu", None, 1)),
-            Task("times", "route", times.time_case, ("route", (64, 64), "cpu", 1, 16)),
+            Task("times", "this device", timed_tasks.time_machine, ("cpu",)),
+            Task("times", "retention", timed_tasks.time_rule, ("retention", SIZE, "cpu", None, 1)),
+            Task("times", "route", timed_tasks.time_case, ("route", (64, 64), "cpu", 1, 16)),
             Task("times", "fails on purpose", broken.fails),
         ],
-        "layer": [Task("layer", str(SIZE), times.time_layer, (SIZE, "cpu", None, 1))],
+        "layer": [Task("layer", str(SIZE), timed_tasks.time_layer, (SIZE, "cpu", None, 1))],
         "train": [Task("train", "tiny", training.train, ("tiny.yaml", FLAGS, "cpu", 1, 1, 1), alone=True)],
-        "decode": [Task("decode", "gla", times.time_decoding, ("gla", 1, SIZE, (4,), "cpu", 1))],
+        "decode": [Task("decode", "gla", timed_tasks.time_decoding, ("gla", 1, SIZE, (4,), "cpu", 1))],
     }
     return Plan(checks, timed, {"times": [ahead]})
 

@@ -62,14 +62,27 @@ def results(function, x, **options):
     return {"o": o, "state": state} | {f"d{name}": grad for name, grad in zip(x, grads)}
 
 
-def assert_close(result, reference, forward, gradient):
-    """Relative errors below `forward` for outputs and states, below `gradient` for gradients; all finite."""
+def assert_close(result, reference, forward, gradient, scales=None):
+    """Relative errors below `forward` for outputs and states, below `gradient` for gradients; all finite.
+
+    scales: {name: what the error is measured against}, where that is not the reference itself.
+    """
     assert result.keys() == reference.keys()
     assert all(y.isfinite().all() for y in result.values()), "nan or inf"
-    found = {name: rel_err(result[name], reference[name]) for name in reference}
+    found = {name: rel_err(result[name], reference[name], (scales or {}).get(name)) for name in reference}
     limits = {name: forward if name in ("o", "state") else gradient for name in found}
     wrong = {name: f"{error:.1e}" for name, error in found.items() if not error < limits[name]}
     assert not wrong, f"relative errors (forward < {forward:.0e}, gradients < {gradient:.0e}): {wrong}"
+
+
+def terms_of_constant_decay(rule, x, cu_seqlens=None):
+    """[H], the sum of the absolute values of a constant decay's gradients of single tokens.
+
+    The gradient is their sum. Where that cancels out, half precision leaves nothing of it but the terms' rounding.
+    """
+    B, T = x["v"].shape[:2]
+    per_token = x | {"g": x["g"].expand(B, T, -1)}
+    return run(rule, per_token, backend="reference", cu_seqlens=cu_seqlens)["dg"].abs().sum((0, 1))
 
 
 def assert_matches_loop(rule, x, cu_seqlens=None):

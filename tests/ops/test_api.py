@@ -123,6 +123,7 @@ BAD_CONV = {
     "state": ({"initial_state": torch.zeros(2, 3, 4)}, "initial_state must be [N, D, W - 1] = [2, 3, 3]"),
     "activation": ({"activation": "gelu"}, "activation ('gelu') must be 'silu' or None"),
     "cu_seqlens": ({"cu_seqlens": cu(0, 6)}, "with cu_seqlens the batch size (2) must be 1"),
+    "normalize": ({"normalize": 2}, "the channels (3) must be a multiple of the normalised width (2)"),
 }
 
 
@@ -131,3 +132,17 @@ def test_short_conv_refuses(bad):
     change, message = BAD_CONV[bad]
     with pytest.raises(ValueError, match=re.escape(message)):
         ops.short_conv(**{"x": torch.zeros(2, 6, 3), "weight": torch.zeros(3, 4)} | change)
+
+
+BAD_NORM = {
+    "weight": ({"weight": torch.ones(4)}, "weight must be [V] = [3], not [4]"),
+    "gate": ({"gate": torch.ones(6, 3)}, "gate must be [tokens, HV, V] = [6, 2, 3], not [6, 3]"),
+    "activation": ({"activation": "relu"}, "activation ('relu') must be 'silu' or 'sigmoid'"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_NORM)
+def test_gated_norm_refuses(bad):
+    change, message = BAD_NORM[bad]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ops.gated_norm(**{"o": torch.zeros(6, 2, 3), "weight": torch.ones(3), "eps": 1e-5} | change)

@@ -36,3 +36,8 @@ def test_grouped_linear(function, dtype, tolerance, width, D, seed):
 def test_shapes_are_checked():
     with pytest.raises(ValueError, match=r"not \[3, 4\], \[2, 5, 6\] and \[2\]"):
         grouped_linear(torch.zeros(3, 4), torch.zeros(2, 5, 6), torch.zeros(2, dtype=torch.int32))
+
+
+def test_dtypes_are_checked():
+    with pytest.raises(ValueError, match=r"must share a dtype, not torch.float16 and torch.float32"):
+        grouped_linear(torch.ones(3, 4).half(), torch.ones(1, 5, 4), torch.tensor([3], dtype=torch.int32))

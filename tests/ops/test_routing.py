@@ -84,6 +84,13 @@ def test_combine_keeps_the_dtype_of_rows():
     assert rel_err(o, combine(rows.double(), routes)) < 1e-2
 
 
+def test_combine_wants_all_rows():
+    indices, weights = torch.zeros(1, 3, 1, dtype=torch.int64), torch.ones(1, 3, 1)
+    routes = route(indices, weights, num_memories=2, shared=True)
+    with pytest.raises(ValueError, match="the routes have 6 rows, rows has 5"):
+        combine(torch.ones(5, 2), routes)
+
+
 def test_topk_router():
     fresh_seed()
     logits = torch.randn(3, 5, M, dtype=torch.bfloat16)

@@ -25,7 +25,7 @@ from linear_moe.mcore.cpu import enable_cpu
 TINY = """--num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --seq-length 32
     --max-position-embeddings 32 --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
     --untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0
-    --micro-batch-size 1 --global-batch-size 4 --train-iters 5 --lr 1e-2 --lr-warmup-iters 2 --lr-decay-iters 10
+    --micro-batch-size 1 --global-batch-size 4 --train-iters 4 --lr 1e-2 --lr-warmup-iters 2 --lr-decay-iters 10
     --min-lr 1e-3 --lr-decay-style cosine --weight-decay 0.1 --clip-grad 1.0 --adam-eps 1e-6 --log-interval 1
     --eval-iters 0 --eval-interval 1000
     --split 100,0,0 --tokenizer-type NullTokenizer --vocab-size 300

@@ -1,4 +1,4 @@
-"""Run many cases in ONE set of processes: importing Megatron takes seconds, so the processes are shared.
+"""Run many cases in ONE set of processes, forked from one that has imported Megatron, which takes seconds.
 
     outcomes = run_cases(2, [Case("tp2", "tests.parallel.test_vanilla:train", {"flags": [...]}), ...])
     outcomes["tp2"].results[rank]    # what the function returned; raises with every child's traceback if it failed
@@ -58,7 +58,7 @@ def run_cases(world_size: int, cases: list[Case], timeout: float = 120.0) -> dic
     while len(outcomes) < len(cases):
         with _Processes(world_size) as processes:
             for case in cases[len(outcomes) :]:
-                # The first case also waits for the imports.
+                # The first case may also wait for the imports.
                 outcomes[case.name] = outcome = processes.run(case, timeout + (0 if processes.warm else 120))
                 if outcome.error:
                     break
@@ -71,7 +71,8 @@ class _Processes:
     def __init__(self, world_size: int):
         self.warm = False
         self.folder = Path(tempfile.mkdtemp(prefix="linear_moe_ranks_"))
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.parallel.imports"])
         self.children, self.pipes = [], []
         for rank in range(world_size):
             here, there = context.Pipe()
@@ -156,7 +157,5 @@ def _child(rank: int, world_size: int, folder: str, pipe) -> None:
 
 def _die_with_parent() -> None:
     """A parent that was killed cannot kill: its children watch for that."""
-    parent = os.getppid()
-    while os.getppid() == parent:
-        time.sleep(1)
+    multiprocessing.parent_process().join()
     os.killpg(0, signal.SIGKILL)

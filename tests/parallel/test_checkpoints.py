@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from linear_moe.mcore import checkpoint, optimizer_state
-from tests.parallel import harness
+from tests.parallel import harness, test_layouts
 from tests.parallel.launch import Case, run_cases
-from tests.parallel.test_layouts import DENSE
 
 ROOT = Path(__file__).resolve().parents[2]
+DENSE = f"{test_layouts.DENSE} --train-iters 5"
 
 
 LONGER = "--train-iters 7 --lr-decay-iters 7 --lr-warmup-iters 1 --lr 4e-2 --min-lr 2e-3 --lr-decay-style linear"

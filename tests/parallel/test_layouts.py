@@ -90,7 +90,7 @@ def one_process(layout: str) -> str:
 
 
 def train(data, flags, save=None, load=None):
-    """A case: 5 iterations, with checkpoints at 2, 4 and 5; or from iteration 2 of the checkpoints at `load` to 5."""
+    """A case: 4 iterations, with checkpoints at 2 and 4; or from iteration 2 of the checkpoints at `load` to 4."""
     from linear_moe.mcore.pretrain import main
 
     argv = [*harness.TINY, "--data-path", data, "--save-interval", "2", *flags.split()]
@@ -179,7 +179,7 @@ def test_layout_trains_like_one_process(straight, layout):
 @pytest.mark.parametrize("layout", RESUMED)
 def test_resume_is_bitwise(straight, resumed, layout):
     before, after = straight[layout].result, resumed[layout, layout].result
-    assert after.iterations == [3, 4, 5]
+    assert after.iterations == [3, 4]
     assert (after.losses, after.grad_norms) == (before.losses[2:], before.grad_norms[2:])
     assert not harness.same_tensors(after, before)
 

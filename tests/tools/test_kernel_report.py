@@ -50,9 +50,9 @@ def test_floor_counts_products_and_bytes(quick):
 BAD = """
 import os
 import torch, triton, triton.language as tl
-from linear_moe.ops.triton.binary import Build, compile_all
+from linear_moe.measure.binary import Build, compile_all
 from linear_moe.ops.triton.launch import kernel
-from linear_moe.ops.triton.report import problems
+from linear_moe.measure.kernel_report import problems
 
 @kernel
 def wrong(x, T):
@@ -102,10 +102,10 @@ for build, binary in zip([*builds, late], binaries):
 """
 
 NOT_IN_QUICK = """
-from linear_moe.ops.triton.binary import Build
-from linear_moe.ops.triton.dataflow import transposed_products
-from linear_moe.ops.triton.report import parts, record
-from linear_moe.ops.triton.workload import CASES, Shape, title
+from linear_moe.measure.binary import Build
+from linear_moe.measure.dataflow import transposed_products
+from linear_moe.measure.kernel_report import parts
+from linear_moe.measure.workload import CASES, Shape, record, title
 
 builds = {}
 for case in CASES:

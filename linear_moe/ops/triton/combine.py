@@ -17,9 +17,8 @@ def combine(rows, row, weights):
     """o[t] = sum_j weights[t, j] rows[row[t, j]]: rows [R, ...] -> [tokens, ...] in rows' dtype, summed in float32.
 
     row int64 and weights (any float dtype) [tokens, J]; every row belongs to exactly one token and j.
-    Raises ValueError for shapes that do not fit.
+    Nothing is checked here: see api.combine.
     """
-    _check(rows, row, weights)
     o = _Combine.apply(rows.flatten(1).unsqueeze(1), row.contiguous(), weights.contiguous(), None, None, 0.0, None)
     return o.view(len(row), *rows.shape[1:])
 
@@ -29,24 +28,11 @@ def combine_norm(rows, row, weights, gate, norm_weight, *, eps, activation):
 
     rows [R, HV, V]; row int64 and weights [tokens, J], or both None where rows are tokens; norm_weight [V]; gate None
     or [tokens, HV, V], a slice of a wider projection as it is; activation "silu" or "sigmoid". All in float32.
-    Raises ValueError for shapes or an activation that do not fit.
+    Nothing is checked here: see api.gated_norm.
     """
-    _check(rows, row, weights)
-    if activation not in ("silu", "sigmoid"):
-        raise ValueError(f"combine_norm: activation ({activation!r}) must be 'silu' or 'sigmoid'")
-    tokens = len(rows) if row is None else len(row)
-    if gate is not None and gate.shape != (tokens, *rows.shape[1:]):
-        raise ValueError(f"combine_norm: gate must be {[tokens, *rows.shape[1:]]}, not {[*gate.shape]}")
     if row is not None:
         row, weights = row.contiguous(), weights.contiguous()
     return _Combine.apply(rows, row, weights, gate, norm_weight.contiguous(), eps, activation)
-
-
-def _check(rows, row, weights):
-    if (row is None) != (weights is None) or (row is not None and row.shape != weights.shape):
-        raise ValueError("combine: row and weights must have one shape, [tokens, J], or both be None")
-    if row is not None and row.numel() != len(rows):
-        raise ValueError(f"combine: row {[*row.shape]} must name each of the {len(rows)} rows once")
 
 
 class _Combine(torch.autograd.Function):
@@ -88,7 +74,7 @@ def _arguments(name, rows, row, stride, norm_weight, eps, activation):
 
 
 def forward(rows, row, weights, gate, norm_weight, eps, activation):
-    """The output alone, outside autograd: also what a caller runs who computes it again rather than keep it."""
+    """The output, outside autograd."""
     rows, (gate, stride) = rows.contiguous(), _strided(gate)
     T, options = _arguments("combine_forward", rows, row, stride, norm_weight, eps, activation)
     out = torch.empty(T, *rows.shape[1:], dtype=rows.dtype, device=rows.device)

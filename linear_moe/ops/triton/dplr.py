@@ -15,17 +15,19 @@ early, one decay serves both, and a's first row, which no decay of its chunk tou
 Saved for the backward: the operands, and P [tokens, H, C]. All else is computed again there.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from .chunks import Chunks, chunk_rows, sequence_rows
+from .chunks import chunk_rows, sequence_rows
 from .decay import CHANNEL, last_row, widen_blocks
-from .launch import configure, kernel, launch, precision
+from .launch import kernel, launch
 from .mini_batches import load_columns, store_columns
 from .prepare import dot, load_tile, solve, store_tile
-from .rules import block
+from .problem import Problem, contiguous
 from .scan import load_state, store_state, whole_decay
 
 
@@ -176,8 +178,9 @@ def scan_forward(
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Writes o [tokens, H, V], or, where o is None, what the backward needs: `states` [chunks, H, K, V] before every
-    chunk and u [tokens, H, V]. `final` [N, H, K, V] may be None. WIDE as in scan.py."""
+    """Writes o [tokens, H, V], or in the pass for states (where o is None), which the backward begins with, `states`
+    [chunks, H, K, V] before every chunk and u [tokens, H, V]. `final` [N, H, K, V] may be None. WIDE as in scan.py."""
+    FOR_STATES: tl.constexpr = o is None
     NV: tl.constexpr = (V + BV - 1) // BV
     i_nh = tl.program_id(0) // NV
     i_v = (tl.program_id(0) % NV) * BV + tl.arange(0, BV)
@@ -197,7 +200,7 @@ def scan_forward(
         # [2C, BV]
         b_v = load_half(v, first, rows, i_h, i_v, H, V, C, 0)
         b_S_read = dot(b_xw.to(WIDE), b_S, PRECISION)
-        if o is None:
+        if FOR_STATES:
             store_state(states, b_S, i_c * H + i_h, i_k, i_v, K, V)
             b_Y = load_half(Y, first, rows, i_h, i_r, H, C, C, 1)
             store_half(u, b_S_read + dot(b_Y, b_v, PRECISION), first, rows, i_h, i_v, H, V, C, 1)
@@ -343,82 +346,56 @@ def gradients(
     store_half(db, writes, first, rows, i_h, i_k, H, K, C, 1)
 
 
-class _Problem:
-    """Sizes and layout of one call: what every kernel's launch has in common."""
-
-    def __init__(self, k, v, scale, cu_seqlens):
-        self.B, self.T, self.H, self.V = v.shape
-        self.K, self.scale, self.device, self.dtype = k.shape[-1], float(scale), v.device, v.dtype
-        self.chunks = Chunks(self.B, self.T, cu_seqlens, self.configure("chunk")["C"])
-        self.C, self.N = self.chunks.C, self.chunks.N
-        self.wide = torch.bfloat16 if v.dtype == torch.bfloat16 else torch.float32
-
-    def configure(self, name, **widths):
-        """The tuned options; tiles no wider than the widths of that name."""
-        options = configure(f"dplr_{name}", self.K, self.V, self.device, self.dtype)
-        return options | {tile: min(options[tile], block(width)) for tile, width in widths.items()}
-
-    def sizes(self, *names):
-        """The constexpr arguments that all kernels share, and those of these names."""
-        known = {
-            "LEVELS": self.C.bit_length() - 1,
-            "V": self.V,
-            "BK": block(self.K),
-            "WIDE": tl.bfloat16 if self.wide == torch.bfloat16 else tl.float32,
-        }
-        shared = {"H": self.H, "K": self.K, "C": self.C, "PRECISION": precision(self.dtype, self.device)}
-        return shared | {name: known[name] for name in names}
-
-    def empty(self, *shape, dtype=None):
-        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
-
-    def rows(self, *shape):
-        """[tokens, H, ...]: a row for every token."""
-        return self.empty(self.B * self.T, self.H, *shape)
-
-    def states(self, count, dtype=torch.float32):
-        return self.empty(count, self.H, self.K, self.V, dtype=dtype)
+SIZES = ("H", "K", "C", "PRECISION")
+SCAN = (*SIZES, "V", "BK", "WIDE")
 
 
 class _Prepared:
     """What `prepare` leaves for the scans; for those of the backward where P is given."""
 
     def __init__(self, p, q, k, a, b, g, P=None):
-        solved = P is not None
-        self.P, self.A, self.Y = P if solved else p.rows(p.C), p.rows(2, p.C), p.rows(p.C) if solved else None
-        self.xw, self.zb = p.rows(2, p.K), p.rows(2, p.K)
-        self.whole = p.empty(p.chunks.count, p.H, p.K, dtype=torch.float32)
+        solved, new = P is not None, partial(p.rows, dtype=p.dtype)
+        self.P, self.A, self.Y = P if solved else new(p.C), new(2, p.C), new(p.C) if solved else None
+        self.xw, self.zb = new(2, p.K), new(2, p.K)
+        self.whole = p.empty(p.chunks.count, p.H, p.K)
         launch(
             prepare, (p.chunks.count * p.H,), q, k, a, b, g, self.P, self.A, self.Y, self.xw, self.zb, self.whole,
-            p.chunks.table, p.T, p.chunks.per_sequence, **p.sizes("LEVELS"), SOLVED=solved,
+            p.chunks.table, p.T, p.chunks.per_sequence, **p.sizes(*SIZES, "LEVELS"), SOLVED=solved,
             **p.configure("prepare", BK=p.K),
         )  # fmt: skip
 
-    def scan(self, p, v, initial, o, states, u, final):
-        """One forward scan: for o and final, or for what the backward needs."""
+    def scan_for_outputs(self, p, v, initial, o, final):
+        """The forward's pass: fills o, and final unless it is None."""
+        self._scan(p, v, initial, o, None, None, final)
+
+    def scan_for_states(self, p, v, initial, states, u):
+        """The pass that the backward begins with: fills the states before every chunk, and u."""
+        self._scan(p, v, initial, None, states, u, None)
+
+    def _scan(self, p, v, initial, o, states, u, final):
         options = p.configure("scan_forward", BV=p.V)
         launch(
             scan_forward, (p.N * p.H * triton.cdiv(p.V, options["BV"]),), self.xw, self.zb, self.A, self.Y, self.whole,
-            v, initial, o, states, u, final, p.chunks.cu_seqlens, p.chunks.starts, p.scale, p.T,
-            p.chunks.per_sequence, **p.sizes("V", "BK", "WIDE"), **options,
+            v, initial, o, states, u, final, p.cu_seqlens, p.chunks.starts, p.scale, p.T, p.chunks.per_sequence,
+            **p.sizes(*SCAN), **options,
         )  # fmt: skip
 
     def scan_back(self, p, do, dfinal, dv, du, dstates, dinitial):
         options = p.configure("scan_backward", BV=p.V)
         launch(
             scan_backward, (p.N * p.H * triton.cdiv(p.V, options["BV"]),), self.xw, self.zb, self.A, self.P,
-            self.whole, do, dfinal, dv, du, dstates, dinitial, p.chunks.cu_seqlens, p.chunks.starts, p.scale, p.T,
-            p.chunks.per_sequence, **p.sizes("V", "BK", "WIDE"), **options,
+            self.whole, do, dfinal, dv, du, dstates, dinitial, p.cu_seqlens, p.chunks.starts, p.scale, p.T,
+            p.chunks.per_sequence, **p.sizes(*SCAN), **options,
         )  # fmt: skip
 
 
 class _Rule(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, a, b, g, initial, cu_seqlens, scale, return_state):
-        p = _Problem(k, v, scale, cu_seqlens)
+        p = Problem(k, v, scale, cu_seqlens, tuned_as="dplr_{}")
         prepared = _Prepared(p, q, k, a, b, g)
         o, final = torch.empty_like(v), p.states(p.N) if return_state else None
-        prepared.scan(p, v, initial, o, None, None, final)
+        prepared.scan_for_outputs(p, v, initial, o, final)
         ctx.save_for_backward(q, k, v, a, b, g, initial, prepared.P)
         ctx.problem = p
         ctx.set_materialize_grads(False)
@@ -429,25 +406,24 @@ class _Rule(torch.autograd.Function):
     def backward(ctx, do, dfinal):
         q, k, v, a, b, g, initial, P = ctx.saved_tensors
         p = ctx.problem
-        do = torch.zeros_like(v) if do is None else do.contiguous()
-        dfinal = None if dfinal is None else dfinal.contiguous()
+        do, dfinal = contiguous(torch.zeros_like(v) if do is None else do, dfinal)
         prepared = _Prepared(p, q, k, a, b, g, P)
         states, dstates = (p.states(p.chunks.count, p.wide) for _ in range(2))
         u, dv, du = (torch.empty_like(v) for _ in range(3))
         dinitial = None if initial is None else torch.empty_like(initial)
-        prepared.scan(p, v, initial, None, states, u, None)
+        prepared.scan_for_states(p, v, initial, states, u)
         prepared.scan_back(p, do, dfinal, dv, du, dstates, dinitial)
         dq, dk, da, db, dg = (torch.empty_like(x) for x in (q, k, a, b, g))
         options = p.configure("gradients", BK=p.K, BV=p.V)
         launch(
             gradients, (p.chunks.count * p.H * triton.cdiv(p.K, options["BK"]),), q, k, a, b, g, v, u, do, du, states,
             dstates, dq, dk, da, db, dg, p.chunks.table, p.scale, p.T, p.chunks.per_sequence,
-            **p.sizes("LEVELS", "V", "WIDE"), **options,
+            **p.sizes(*SIZES, "LEVELS", "V", "WIDE"), **options,
         )  # fmt: skip
         return dq, dk, dv, da, db, dg, dinitial, None, None, None
 
 
 def dplr(q, k, v, a, b, g, *, scale, initial_state=None, return_state=False, cu_seqlens=None):
     """See api.dplr."""
-    operands = (x if x is None else x.contiguous() for x in (q, k, v, a, b, g, initial_state))
+    operands = contiguous(q, k, v, a, b, g, initial_state)
     return _Rule.apply(*operands, cu_seqlens, scale, return_state)

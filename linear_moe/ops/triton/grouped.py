@@ -5,7 +5,6 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from ..backend import DTYPES
 from .launch import configure, kernel, launch, precision
 
 
@@ -14,27 +13,9 @@ def grouped_linear(x, weight, offsets, token=None, row=None):
 
     x [tokens, D] and weight [G, E, D] of one dtype, bfloat16, float16 or float32; offsets int32 [G], the END of every
     group's rows, the last one R; token int64 [R], row -> token, and its inverse row int64 [tokens, J], token -> its
-    rows. Returns [R, E] in that dtype; products are summed in float32. Raises ValueError for what does not fit.
+    rows. Returns [R, E] in that dtype; products are summed in float32. Nothing is checked here: see api.grouped_linear.
     """
-    _check(x, weight, offsets, token, row)
     return _GroupedLinear.apply(x, weight, offsets, token, row)
-
-
-def _check(x, weight, offsets, token, row):
-    if x.ndim != 2 or weight.ndim != 3 or x.shape[1] != weight.shape[2] or offsets.shape != weight.shape[:1]:
-        raise ValueError(
-            "grouped_linear: x must be [tokens, D], weight [G, E, D] and offsets [G], "
-            f"not {[*x.shape]}, {[*weight.shape]} and {[*offsets.shape]}"
-        )
-    if x.dtype != weight.dtype or x.dtype not in DTYPES:
-        raise ValueError(f"grouped_linear: x ({x.dtype}) and weight ({weight.dtype}) must share one of {DTYPES}")
-    if (token is None) != (row is None):
-        raise ValueError("grouped_linear: token and row are inverse maps: give both or neither")
-    if row is not None and (row.ndim != 2 or len(row) != len(x) or token.shape != (row.numel(),)):
-        raise ValueError(
-            f"grouped_linear: token must be [R] and row [tokens, R / tokens] for {len(x)} tokens, "
-            f"not {[*token.shape]} and {[*row.shape]}"
-        )
 
 
 class _GroupedLinear(torch.autograd.Function):

@@ -6,52 +6,18 @@ walks back with its gradient.
 
 import torch
 import triton
-import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from .launch import configure, launch, precision
+from .launch import launch
 from .mini_batches import slot_table
+from .problem import Problem, block, contiguous
 from .titans import titans_backward, titans_finish_back, titans_forward, titans_prepare
 from .ttt import ttt_acc, ttt_acc_back, ttt_backward, ttt_finish_back, ttt_forward, ttt_prepare, ttt_prepare_back
 
 
-class _Problem:
-    """Sizes and layout of one call."""
-
-    def __init__(self, k, v, offset, cu_seqlens, scale, mini_batch):
-        (self.B, self.T, self.H, self.V), self.K = v.shape, k.shape[-1]
-        self.tokens, self.scale, self.device, self.dtype = self.B * self.T, float(scale), v.device, v.dtype
-        self.offset, self.cu_seqlens, self.C = offset, cu_seqlens, mini_batch
-        self.N = self.B if cu_seqlens is None else len(cu_seqlens) - 1
-        self.wide = torch.bfloat16 if v.dtype == torch.bfloat16 else torch.float32
-        self.precision = precision(v.dtype, v.device)
-
-    def empty(self, *shape, dtype=torch.float32):
-        return torch.empty(shape, dtype=dtype, device=self.device)
-
-    def slots(self):
-        """Which rows every mini-batch holds, for kernels that take all of them in parallel."""
-        return slot_table(self.B, self.T, self.cu_seqlens, self.offset, self.C, self.device)
-
-    def configure(self, name, **tiles):
-        """The tuned options; tiles no wider than those given."""
-        options = configure(name, self.K, self.V, self.device, self.dtype)
-        return options | {tile: min(options.get(tile, width), width) for tile, width in tiles.items()}
-
-    def sizes(self, *names):
-        """The constexpr arguments of those names."""
-        known = {"H": self.H, "K": self.K, "V": self.V, "C": self.C, "BC": block(self.C), "PRECISION": self.precision}
-        known["WIDE"] = tl.bfloat16 if self.wide == torch.bfloat16 else tl.float32
-        return {name: known[name] for name in names}
-
-
-def block(width):
-    """The tile that holds it whole: products want at least 16."""
-    return max(16, triton.next_power_of_2(width))
-
-
-def _contiguous(*tensors):
-    return [x if x is None else x.contiguous() for x in tensors]
+def _slots(p):
+    """Which rows every mini-batch holds, for kernels that take all of them in parallel."""
+    return slot_table(p.B, p.T, p.cu_seqlens, p.offset, p.C, p.device)
 
 
 class _TTT(torch.autograd.Function):
@@ -65,7 +31,7 @@ class _TTT(torch.autograd.Function):
                 ttt_acc, (p.N * p.H,), q, token_scale, initial, p.offset, o, p.cu_seqlens, p.scale, p.T, **sizes,
                 **p.configure("ttt_acc"),
             )  # fmt: skip
-        _ttt_walk(p, operands, _ttt_prepare(p, q, k, p.slots()), eps, o, None, None, final)
+        _ttt_walk(p, operands, _ttt_prepare(p, q, k, _slots(p)), eps, o=o, final=final)
         ctx.save_for_backward(*operands)
         ctx.problem, ctx.eps = p, eps
         ctx.set_materialize_grads(False)
@@ -74,16 +40,16 @@ class _TTT(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, do, dfinal):
-        p, operands, table = ctx.problem, ctx.saved_tensors, ctx.problem.slots()
+        p, operands, table = ctx.problem, ctx.saved_tensors, _slots(ctx.problem)
         q, k, v, eta, token_scale, weight, bias, initial = operands
-        do, dfinal = _contiguous(torch.zeros_like(v) if do is None else do, dfinal)
+        do, dfinal = contiguous(torch.zeros_like(v) if do is None else do, dfinal)
         P = _ttt_prepare(p, q, k, table)
         states, biases = p.empty(len(table), p.H, p.V, p.V, dtype=p.wide), p.empty(len(table), p.H, p.V)
-        _ttt_walk(p, operands, P, ctx.eps, None, states, biases, None)
+        _ttt_walk(p, operands, P, ctx.eps, states=states, biases=biases)
         dstates, dbiases = torch.empty_like(states), torch.empty_like(biases)
-        x, y, dk_part = (p.empty(p.tokens, p.H, p.V) for _ in range(3))
-        pull, dz, du = (p.empty(p.tokens, p.H, p.V, dtype=p.wide) for _ in range(3))
-        vectors, deta = p.empty(p.tokens, p.H, 3), torch.empty_like(eta)
+        x, y, dk_part = (p.rows(p.V) for _ in range(3))
+        pull, dz, du = (p.rows(p.V, dtype=p.wide) for _ in range(3))
+        vectors, deta = p.rows(3), torch.empty_like(eta)
         dq, dk, dv = (torch.empty_like(v) for _ in range(3))
         dscale = None if token_scale is None else p.empty(*eta.shape)
         dinitial = None if initial is None else torch.zeros_like(initial)  # an empty sequence's is not written
@@ -106,7 +72,7 @@ class _TTT(torch.autograd.Function):
         if initial is not None:
             launch(
                 ttt_acc_back, walks, q, token_scale, initial, p.offset, do, dstates, dbiases, dq, dscale, dinitial,
-                p.cu_seqlens, p.scale, p.T, **more, **p.configure("ttt_acc_back", BK=block(p.V)),
+                p.cu_seqlens, p.scale, p.T, **more, **p.configure("ttt_acc_back", BK=p.V),
             )  # fmt: skip
         dscale = None if token_scale is None else dscale.to(token_scale.dtype)
         dweight, dbias = dweight.sum(0).to(weight.dtype), dbias.sum(0).to(bias.dtype)
@@ -115,7 +81,7 @@ class _TTT(torch.autograd.Function):
 
 def _ttt_prepare(p, q, k, table):
     """P of the kernels' legend."""
-    P = p.empty(p.tokens, p.H, block(p.C), dtype=p.wide)
+    P = p.rows(block(p.C), dtype=p.wide)
     launch(
         ttt_prepare, (len(table) * p.H,), q, k, table, P, p.scale, **p.sizes("H", "V", "BC", "PRECISION"),
         BV=block(p.V), **p.configure("ttt_prepare"),
@@ -123,7 +89,8 @@ def _ttt_prepare(p, q, k, table):
     return P
 
 
-def _ttt_walk(p, operands, P, eps, o, states, biases, final):
+def _ttt_walk(p, operands, P, eps, *, o=None, final=None, states=None, biases=None):
+    """The forward's pass fills o and final, the one for states the memory before every mini-batch."""
     launch(
         ttt_forward, (p.N * p.H,), *operands, p.offset, P, o, states, biases, final, p.cu_seqlens, p.scale, eps, p.T,
         **p.sizes("H", "V", "C", "BC", "PRECISION", "WIDE"), BV=block(p.V), **p.configure("ttt_forward"),
@@ -135,8 +102,8 @@ class _Titans(torch.autograd.Function):
     def forward(ctx, q, k, v, theta, g, m, initial, p, return_state):
         o = torch.empty_like(v)
         final = torch.zeros(p.N, p.H, 3, p.K, p.V, device=p.device) if return_state else None
-        A, _, *ends = _titans_prepare(p, q, k, g, m, p.slots())
-        _titans_walk(p, (q, k, v, theta, initial), (A, *ends), o, None, None, None, final)
+        A, _, *ends = _titans_prepare(p, q, k, g, m, _slots(p))
+        _titans_walk(p, (q, k, v, theta, initial), (A, *ends), o=o, final=final)
         ctx.save_for_backward(q, k, v, theta, g, m, initial)
         ctx.problem = p
         ctx.set_materialize_grads(False)
@@ -146,28 +113,28 @@ class _Titans(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, do, dfinal):
         p, (q, k, v, theta, g, m, initial) = ctx.problem, ctx.saved_tensors
-        do, dfinal = _contiguous(torch.zeros_like(v) if do is None else do, dfinal)
-        table = p.slots()
+        do, dfinal = contiguous(torch.zeros_like(v) if do is None else do, dfinal)
+        table = _slots(p)
         A, c, *ends = _titans_prepare(p, q, k, g, m, table)
         S, Z = (p.empty(len(table), p.H, p.K, p.V, dtype=p.wide) for _ in range(2))
-        r = p.empty(p.tokens, p.H, p.V, dtype=p.wide)
-        _titans_walk(p, (q, k, v, theta, initial), (A, *ends), None, r, S, Z, None)
-        options = p.configure("titans_backward", BV=block(p.V))
+        r = p.rows(p.V, dtype=p.wide)
+        _titans_walk(p, (q, k, v, theta, initial), (A, *ends), r=r, S=S, Z=Z)
+        options = p.configure("titans_backward", BV=p.V)
         blocks = triton.cdiv(p.V, options["BV"])
-        parts = [p.empty(p.tokens, p.H, blocks, p.K, dtype=p.wide) for _ in range(2)]
-        parts += [p.empty(p.tokens, p.H, blocks, width) for width in (block(p.C), 5)]
+        parts = [p.rows(blocks, p.K, dtype=p.wide) for _ in range(2)]
+        parts += [p.rows(blocks, width) for width in (block(p.C), 5)]
         parts.append(p.empty(len(table), p.H, blocks, 3))
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         dinitial = None if initial is None else torch.zeros_like(initial)  # an empty sequence's is not written
         launch(
             titans_backward, (p.N * p.H * blocks,), q, k, theta, p.offset, A, c, *ends, r, S, Z, do, dfinal,
             *parts[:2], dv, *parts[2:], dinitial, p.cu_seqlens, p.scale, p.T,
-            **p.sizes("H", "K", "V", "C", "BC", "PRECISION", "WIDE"), BK=block(p.K), **options,
+            **p.sizes("H", "K", "V", "C", "BC", "BK", "PRECISION", "WIDE"), **options,
         )  # fmt: skip
         dgates = [p.empty(*theta.shape) for _ in range(3)]
         launch(
             titans_finish_back, (len(table) * p.H,), q, k, g, m, initial, table, S, dv, *parts, dq, dk, *dgates,
-            **p.sizes("H", "K", "V", "BC", "PRECISION", "WIDE"), BK=block(p.K), BV=options["BV"],
+            **p.sizes("H", "K", "V", "BC", "BK", "PRECISION", "WIDE"), BV=options["BV"],
             **p.configure("titans_finish_back"),
         )  # fmt: skip
         dgates = (d.to(x.dtype) for d, x in zip(dgates, (theta, g, m)))
@@ -176,21 +143,22 @@ class _Titans(torch.autograd.Function):
 
 def _titans_prepare(p, q, k, g, m, table):
     """What the kernels need of every mini-batch's tokens before its memory is known."""
-    A, c = p.empty(p.tokens, p.H, block(p.C), dtype=p.wide), p.empty(p.tokens, p.H, block(p.C))
-    vectors, ends = p.empty(p.tokens, p.H, 4), p.empty(len(table), p.H, 3)
+    A, c = p.rows(block(p.C), dtype=p.wide), p.rows(block(p.C))
+    vectors, ends = p.rows(4), p.empty(len(table), p.H, 3)
     launch(
         titans_prepare, (len(table) * p.H,), q, k, g, m, table, A, c, vectors, ends,
-        **p.sizes("H", "K", "BC", "PRECISION"), BK=block(p.K), **p.configure("titans_prepare"),
+        **p.sizes("H", "K", "BC", "BK", "PRECISION"), **p.configure("titans_prepare"),
     )  # fmt: skip
     return A, c, vectors, ends
 
 
-def _titans_walk(p, operands, prepared, o, r, S, Z, final):
-    options = p.configure("titans_forward", BV=block(p.V))
+def _titans_walk(p, operands, prepared, *, o=None, final=None, r=None, S=None, Z=None):
+    """The forward's pass fills o and final, the one for states r and the memory before every mini-batch."""
+    options = p.configure("titans_forward", BV=p.V)
     launch(
         titans_forward, (p.N * p.H * triton.cdiv(p.V, options["BV"]),), *operands, p.offset, *prepared, o, r, S, Z,
         final, p.cu_seqlens, p.scale, p.T,
-        **p.sizes("H", "K", "V", "C", "BC", "PRECISION", "WIDE"), BK=block(p.K), **options,
+        **p.sizes("H", "K", "V", "C", "BC", "BK", "PRECISION", "WIDE"), **options,
     )  # fmt: skip
 
 
@@ -199,8 +167,8 @@ def ttt_linear(
     eps, scale, mini_batch, initial_state=None, offset=None, return_state=False, cu_seqlens=None,
 ):  # fmt: skip
     """See api.ttt_linear."""
-    operands = _contiguous(q, k, v, eta, token_scale, weight, bias, initial_state)
-    p = _Problem(k, v, offset, cu_seqlens, scale, mini_batch)
+    operands = contiguous(q, k, v, eta, token_scale, weight, bias, initial_state)
+    p = Problem(k, v, scale, cu_seqlens, mini_batch=mini_batch, offset=offset)
     return _TTT.apply(*operands, p, float(eps), return_state)
 
 
@@ -209,5 +177,6 @@ def titans_linear(
     scale, mini_batch, initial_state=None, offset=None, return_state=False, cu_seqlens=None,
 ):  # fmt: skip
     """See api.titans_linear."""
-    operands = _contiguous(q, k, v, theta, g, m, initial_state)
-    return _Titans.apply(*operands, _Problem(k, v, offset, cu_seqlens, scale, mini_batch), return_state)
+    operands = contiguous(q, k, v, theta, g, m, initial_state)
+    p = Problem(k, v, scale, cu_seqlens, mini_batch=mini_batch, offset=offset)
+    return _Titans.apply(*operands, p, return_state)

@@ -1,8 +1,9 @@
 """The walk along a sequence's chunks, with the state [K, BV] of one head and one block of values in registers.
 
-q, k_start, k_end are what prepare.py made of q and k for a decay a channel, of HV heads; otherwise q, k_end (of H
-heads) are q and k, and decays go on the rows that they are multiplied with, so that they reach the tensor cores as they
-are.
+q_read and k_read ask the state, k_write is written to it. For a decay a channel they are q e^G, k e^G and
+k e^(G_end - G), of HV heads, made by prepare.py. Otherwise q_read and k_write are q and k themselves, of H heads, so
+that they reach the tensor cores as they are, and k_write stands for k_read, which is None: decays go on the rows that
+they are multiplied with.
 
 Legend, one chunk: S the state before it; z = v - (k e^G) S and v' = b (z - P (b z)) the delta rule's writes (v' = v for
 additive rules); o = scale ((q e^G) S + A v'); S_next = e^G_end S + (k e^(G_end - G))^T v'.
@@ -70,14 +71,15 @@ def whole_decay(whole, i_c, i_h, i_k, HV: tl.constexpr, K: tl.constexpr, DECAY: 
 
 @kernel
 def scan_forward(
-    q, k_start, k_end, v, beta, A, P, from_start, to_end, whole, initial, o, states, r, final, cu_seqlens, starts,
+    q_read, k_read, k_write, v, beta, A, P, from_start, to_end, whole, initial, o, states, r, final, cu_seqlens, starts,
     scale, T, NC, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Writes o [tokens, HV, V], or, where o is None, what the backward needs: `states` [chunks, HV, K, V] before every
-    chunk and, for the delta rule, r [tokens, HV, V]. `final` [N, HV, K, V] may be None. WIDE: the dtype of products
-    with the state (float32 where the inputs' could not hold it)."""
+    """Writes o [tokens, HV, V], or in the pass for states (where o is None), which the backward begins with, `states`
+    [chunks, HV, K, V] before every chunk and, for the delta rule, r [tokens, HV, V]. `final` [N, HV, K, V] may be None.
+    WIDE: the dtype of products with the state (float32 where the inputs' could not hold it)."""
+    FOR_STATES: tl.constexpr = o is None
     NV: tl.constexpr = (V + BV - 1) // BV
     i_nh = tl.program_id(0) // NV
     i_v = (tl.program_id(0) % NV) * BV + tl.arange(0, BV)
@@ -91,31 +93,31 @@ def scan_forward(
         rows = tl.minimum(length - i, C)
         decay = whole_decay(whole, i_c, i_h, i_k, HV, K, DECAY)
         # [C, BK]
-        b_end = load_tile(k_end, first, rows, i_h // (HV // H), i_k, H, K, C)
+        b_write = load_tile(k_write, first, rows, i_h // (HV // H), i_k, H, K, C)
         # [C, BV]
         b_v = load_tile(v, first, rows, i_h, i_v, HV, V, C)
         b_S = S.to(WIDE)
         b_from = row_decay(from_start, first, rows, i_h, HV, C)
-        if o is None:
+        if FOR_STATES:
             store_state(states, b_S, i_c * HV + i_h, i_k, i_v, K, V)
         if DELTA:
             b_beta = tl.load(beta + (first + i_t) * HV + i_h, mask=i_t < rows, other=0).to(tl.float32)[:, None]
             b_P = load_tile(P, first, rows, i_h, i_t, HV, C, C)
-            b_start = b_end
+            b_read = b_write
             if DECAY == CHANNEL:
-                b_start = load_tile(k_start, first, rows, i_h, i_k, HV, K, C)
-            z = b_v - b_from * dot(b_start.to(WIDE), b_S, PRECISION)
+                b_read = load_tile(k_read, first, rows, i_h, i_k, HV, K, C)
+            z = b_v - b_from * dot(b_read.to(WIDE), b_S, PRECISION)
             b_r = z - dot(b_P, (b_beta * z).to(b_P.dtype), PRECISION)
-            if o is None:
+            if FOR_STATES:
                 store_tile(r, b_r, first, rows, i_h, i_v, HV, V, C)
             b_v = (b_beta * b_r).to(b_v.dtype)
-        if o is not None:
-            b_q = load_tile(q, first, rows, i_h // (HV // H), i_k, H, K, C)
+        if not FOR_STATES:
+            b_q = load_tile(q_read, first, rows, i_h // (HV // H), i_k, H, K, C)
             b_A = load_tile(A, first, rows, i_h, i_t, HV, C, C)
             b_o = b_from * dot(b_q.to(WIDE), b_S, PRECISION) + dot(b_A, b_v, PRECISION)
             store_tile(o, scale * b_o, first, rows, i_h, i_v, HV, V, C)
         b_v = row_decay(to_end, first, rows, i_h, HV, C) * b_v
-        S = decay * S + dot(tl.trans(b_end), b_v.to(k_end.dtype.element_ty), PRECISION)
+        S = decay * S + dot(tl.trans(b_write), b_v.to(k_write.dtype.element_ty), PRECISION)
         first += C
         i_c += 1
     if final is not None:
@@ -124,10 +126,10 @@ def scan_forward(
 
 @kernel
 def scan_backward(
-    q, k_start, k_end, beta, A, P, from_start, to_end, whole, r, do, dfinal, dv, dbeta, dstates, dinitial, cu_seqlens,
-    starts, scale, T, NC, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    q_read, k_read, k_write, beta, A, P, from_start, to_end, whole, r, do, dfinal, dv, dbeta, dstates, dinitial,
+    cu_seqlens, starts, scale, T, NC, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, DELTA: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Writes dv [tokens, HV, V], `dstates` [chunks, HV, K, V] with the gradient of the state BEHIND every chunk,
     dinitial [N, HV, K, V] (or None), and for the delta rule dbeta [tokens, HV, value blocks], to be summed up."""
@@ -149,8 +151,8 @@ def scan_backward(
         decay = whole_decay(whole, i_c, i_h, i_k, HV, K, DECAY)
         b_from = row_decay(from_start, first, rows, i_h, HV, C)
         # [C, BK]
-        b_q = load_tile(q, first, rows, i_h // (HV // H), i_k, H, K, C)
-        b_end = load_tile(k_end, first, rows, i_h // (HV // H), i_k, H, K, C)
+        b_q = load_tile(q_read, first, rows, i_h // (HV // H), i_k, H, K, C)
+        b_write = load_tile(k_write, first, rows, i_h // (HV // H), i_k, H, K, C)
         # [C, C]
         b_A = load_tile(A, first, rows, i_h, i_t, HV, C, C)
         # [C, BV]
@@ -159,7 +161,7 @@ def scan_backward(
         b_dS = dS.to(WIDE)
         store_state(dstates, b_dS, i_c * HV + i_h, i_k, i_v, K, V)
         b_dv = dot(tl.trans(b_A), b_do, PRECISION) + row_decay(to_end, first, rows, i_h, HV, C) * dot(
-            b_end.to(WIDE), b_dS, PRECISION
+            b_write.to(WIDE), b_dS, PRECISION
         )
         dS = decay * dS + dot(tl.trans(b_q), (b_from * b_do).to(b_do.dtype), PRECISION)
         if DELTA:
@@ -170,10 +172,10 @@ def scan_backward(
             p_beta = dbeta + ((first + i_t) * HV + i_h) * NV + i_vb
             tl.store(p_beta, tl.sum(b_r * b_dv, 1), mask=i_t < rows)
             b_dv = (b_beta * b_dv).to(b_do.dtype)
-            b_start = b_end
+            b_read = b_write
             if DECAY == CHANNEL:
-                b_start = load_tile(k_start, first, rows, i_h, i_k, HV, K, C)
-            dS -= dot(tl.trans(b_start), (b_from * b_dv).to(b_do.dtype), PRECISION)
+                b_read = load_tile(k_read, first, rows, i_h, i_k, HV, K, C)
+            dS -= dot(tl.trans(b_read), (b_from * b_dv).to(b_do.dtype), PRECISION)
         store_tile(dv, b_dv, first, rows, i_h, i_v, HV, V, C)
         first -= C
         i_c -= 1

@@ -8,17 +8,18 @@ linear_attention for the queries y, and all others are those of linear_attention
 import torch
 from torch.autograd.function import once_differentiable
 
-from .rules import Prepared, Problem, backward, launch_key_gradients
+from .problem import contiguous
+from .rules import Prepared, backward, launch_key_gradients, problem_of
 
 
 class _ReadByValue(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, k, v, g, initial, cu_seqlens, scale, return_state):
-        p = Problem(k, v, None, g, scale, cu_seqlens)
-        states, r = p.empty_states(), p.empty(*k.shape)
-        final = p.empty(p.N, p.HV, p.K, p.V) if return_state else None
+        p = problem_of(k, v, None, g, scale, cu_seqlens)
+        states, r = p.states(p.chunks.count, p.wide), p.empty(*k.shape)
+        final = p.states(p.N) if return_state else None
         # There is no query: k stands for it, and what is made of it is not read.
-        Prepared(p, k, k, None, g).scan(p, v, None, initial, None, states, None, final)
+        Prepared(p, k, k, None, g).scan_for_states(p, v, None, initial, states, None, final)
         launch_key_gradients(p, k, k, v, None, g, None, x, None, states, None, r, None, need_dg=False)
         ctx.save_for_backward(x, k, v, g, initial)
         ctx.problem = p
@@ -30,10 +31,9 @@ class _ReadByValue(torch.autograd.Function):
     def backward(ctx, y, dfinal):
         x, k, v, g, initial = ctx.saved_tensors
         p = ctx.problem
-        y = torch.zeros_like(k) if y is None else y.to(k.dtype).contiguous()
-        dfinal = None if dfinal is None else dfinal.contiguous()
+        y, dfinal = contiguous(torch.zeros_like(k) if y is None else y.to(k.dtype), dfinal)
         prepared, dx = Prepared(p, y, k, None, g), torch.empty_like(x)
-        prepared.scan(p, v, None, initial, dx, None, None, None)
+        prepared.scan_for_outputs(p, v, None, initial, dx, None)
         need_dg = ctx.needs_input_grad[3]
         dk, dv, _, dg, dinitial = backward(p, prepared, y, k, v, None, g, initial, x, dfinal, None, need_dg)
         return dx, dk, dv, dg, dinitial, None, None, None
@@ -41,6 +41,5 @@ class _ReadByValue(torch.autograd.Function):
 
 def read_by_value(x, k, v, g, *, scale, initial_state=None, return_state=False, cu_seqlens=None):
     """See ops/slots.py."""
-    x, k, v, g = (t.contiguous() for t in (x, k, v, g))
-    initial_state = None if initial_state is None else initial_state.contiguous()
-    return _ReadByValue.apply(x, k, v, g, initial_state, cu_seqlens, scale, return_state)
+    operands = contiguous(x, k, v, g, initial_state)
+    return _ReadByValue.apply(*operands, cu_seqlens, scale, return_state)

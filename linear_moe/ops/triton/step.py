@@ -6,8 +6,6 @@ import triton.language as tl
 
 from .launch import configure, kernel, launch
 
-RULES = ("linear_attention", "delta_rule", "dplr")
-
 
 def step(rule, state, q, k, v, beta, g, a=None, b=None, *, scale, out_state=None):
     """One token of `rule` for every sequence of a batch; without a backward.
@@ -15,10 +13,15 @@ def step(rule, state, q, k, v, beta, g, a=None, b=None, *, scale, out_state=None
     state [B, HV, K, V] float32; q, k [B, H, K], HV a multiple of H; v [B, HV, V]; beta [B, HV] for the delta rule, else
     None; g, the log decay, None, [HV], [B, HV] or [B, HV, K]; a, b [B, HV, K] for dplr, else None. Returns (o
     [B, HV, V] in v's dtype, the new state), which is `out_state` if that is given: contiguous, and `state` itself to
-    update it in place. Raises ValueError for an unknown rule, a missing or needless beta, a or b, or an out_state that
-    does not fit.
+    update it in place. Raises ValueError for an out_state that does not fit; all else api.step checks.
     """
-    _check(rule, state, beta, a, b, out_state)
+    if out_state is not None and not (
+        out_state.shape == state.shape and out_state.dtype == torch.float32 and out_state.is_contiguous()
+    ):
+        raise ValueError(
+            f"step: out_state must be contiguous float32 {[*state.shape]}, not {out_state.dtype} "
+            f"{[*out_state.shape]} with strides {out_state.stride()}"
+        )
     (B, HV, K, V), H = state.shape, q.shape[1]
     new = torch.empty(state.shape, dtype=torch.float32, device=state.device) if out_state is None else out_state
     o = v.new_empty(B, HV, V)
@@ -37,23 +40,6 @@ def step(rule, state, q, k, v, beta, g, a=None, b=None, *, scale, out_state=None
         CHANNELS=decay is not None and decay.ndim == 3, **options,
     )  # fmt: skip
     return o, new
-
-
-def _check(rule, state, beta, a, b, out_state):
-    if rule not in RULES:
-        raise ValueError(f"step: rule ({rule!r}) must be one of {RULES}")
-    if (beta is None) == (rule == "delta_rule"):
-        raise ValueError(f"step: delta_rule takes beta, other rules none; {rule} got {type(beta).__name__}")
-    if any((x is None) == (rule == "dplr") for x in (a, b)):
-        got = f"{type(a).__name__} and {type(b).__name__}"
-        raise ValueError(f"step: dplr takes a and b, other rules none; {rule} got {got}")
-    if out_state is not None and not (
-        out_state.shape == state.shape and out_state.dtype == torch.float32 and out_state.is_contiguous()
-    ):
-        raise ValueError(
-            f"step: out_state must be contiguous float32 {[*state.shape]}, not {out_state.dtype} "
-            f"{[*out_state.shape]} with strides {out_state.stride()}"
-        )
 
 
 @kernel

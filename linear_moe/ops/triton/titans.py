@@ -83,8 +83,9 @@ def titans_forward(
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Writes o [tokens, H, V] and final [N, H, 3, K, V] (or None; zeros before) or, where o is None, r [tokens, H, V]
-    and S and Z before every mini-batch, each [slots, H, K, V]."""
+    """Writes o [tokens, H, V] and final [N, H, 3, K, V] (or None; zeros before), or in the pass for states (where o is
+    None), which the backward begins with, r [tokens, H, V] and S and Z before every mini-batch, [slots, H, K, V]."""
+    FOR_STATES: tl.constexpr = o is None
     NV: tl.constexpr = (V + BV - 1) // BV
     i_nh = tl.program_id(0) // NV
     i_v = (tl.program_id(0) % NV) * BV + tl.arange(0, BV)
@@ -111,7 +112,7 @@ def titans_forward(
                 b_S0 = load_transposed(initial, 3 * i_nh, i_k, i_v, K, V).to(WIDE)
         b_r = dot(b_S0, b_k.to(WIDE), PRECISION) - b_v
         u = -load_rows(theta, row, rows, i_h, H, BC)[None, :] * b_r
-        if o is None:
+        if FOR_STATES:
             store_transposed(S_states, b_S, i_s, i_k, i_v, K, V)
             store_transposed(Z_states, b_Z, i_s, i_k, i_v, K, V)
             store_columns(r, b_r, row, rows, i_h, i_v, H, V, BC)

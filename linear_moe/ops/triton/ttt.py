@@ -124,8 +124,9 @@ def ttt_forward(
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """Writes o [tokens, H, V] (with a given state, ttt_acc has written its share) and final [N, H, 2, V + 1, V] (or
-    None; zeros before) or, where o is None, the memory before every mini-batch: states [slots, H, V, V], transposed,
-    and biases [slots, H, V]."""
+    None; zeros before) or in the pass for states (where o is None), which the backward begins with, the memory before
+    every mini-batch: states [slots, H, V, V], transposed, and biases [slots, H, V]."""
+    FOR_STATES: tl.constexpr = o is None
     i_nh = tl.program_id(0)
     i_n, i_h = i_nh // H, i_nh % H
     i_v, i_t = tl.arange(0, BV), tl.arange(0, BC)
@@ -148,7 +149,7 @@ def ttt_forward(
         target = load_columns(v, row, rows, i_h, i_v, H, V, BC).to(tl.float32) - b_k.to(tl.float32)
         grad, _ = project(x, b_weight * (b_weight * x + b_bias - target), inside, V)
         u = load_rows(eta, row, rows, i_h, H, BC)[None, :] * r * grad
-        if o is None:
+        if FOR_STATES:
             i_s = (slot + i) * H + i_h
             store_state(states, b_W, i_s, i_v, i_v, V, V)
             tl.store(biases + i_s * V + i_v, b, mask=inside)

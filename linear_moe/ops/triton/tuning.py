@@ -6,7 +6,6 @@ the entries of the GPU it runs on.
 """
 
 import json
-import re
 from functools import cache
 from pathlib import Path
 
@@ -47,9 +46,3 @@ def nearest(architecture):
     # 12.x has far less shared memory than 10.0; what serves sm_80 here fits that, and 8.6 and 8.9 (99 KiB a program)
     older = [a for a in table() if a.startswith("sm_") and int(a.removeprefix("sm_")) <= number]
     return max(older, key=lambda a: int(a.removeprefix("sm_"))) if older and number < 120 else "sm_80"
-
-
-def save(entries):
-    """Writes the table, one set of options a line."""
-    text = json.dumps(entries, indent=1, sort_keys=True)
-    TABLE.write_text(re.sub(r"\{[^{}]*\}", lambda options: " ".join(options[0].split()), text) + "\n")

@@ -127,18 +127,3 @@ def test_on_meta_tensors():
     y = combine_norm(operands[0], row, *operands[1:], eps=EPS, activation="silu")
     assert y.shape == (10, 2, 16)
     assert [g.shape for g in torch.autograd.grad(y.sum(), operands)] == [x.shape for x in operands]
-
-
-def test_refuses():
-    rows, row, weights = torch.ones(6, 2, 16), torch.arange(6).view(3, 2), torch.ones(3, 2)
-    norm, options = torch.ones(16), {"eps": EPS, "activation": "silu"}
-    with pytest.raises(ValueError, match="one shape"):
-        combine(rows, row, weights[:2])
-    with pytest.raises(ValueError, match="both"):
-        combine_norm(rows, row, None, None, norm, **options)
-    with pytest.raises(ValueError, match="each of the"):
-        combine(rows[:5], row, weights)
-    with pytest.raises(ValueError, match="gate"):
-        combine_norm(rows, row, weights, torch.ones(3, 16), norm, **options)
-    with pytest.raises(ValueError, match="activation"):
-        combine_norm(rows, row, weights, None, norm, **options | {"activation": "relu"})

@@ -180,20 +180,3 @@ def test_on_meta_tensors():
     y, _ = short_conv(x, weight, activation="silu", normalize=16, cu_seqlens=cu, token=routes[0], row=routes[1])
     assert y.shape == (1, 24, 32)
     assert [g.shape for g in torch.autograd.grad(y.sum(), (x, weight))] == [x.shape, weight.shape]
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    (
-        ({"activation": "relu"}, "activation"),
-        ({"normalize": 7}, "multiple"),
-        ({"weight": torch.ones(3, 4)}, "weight"),
-        ({"token": torch.zeros(4, dtype=torch.int64)}, "together"),
-        ({"cu_seqlens": torch.zeros(2, dtype=torch.int32)}, "batch"),
-        ({"initial_state": torch.zeros(2, 16, 4)}, "initial_state"),
-    ),
-    ids=lambda value: value if isinstance(value, str) else None,
-)
-def test_refuses(options, message):
-    with pytest.raises(ValueError, match=message):
-        short_conv(torch.ones(2, 3, 16), **{"weight": torch.ones(16, 4), **options})

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from linear_moe import ops
-from linear_moe.ops.triton import launch, rules
+from linear_moe.ops.triton import launch, problem
 from tests.helpers import fresh_seed, rel_err
 from tests.ops import cases
 
@@ -19,7 +19,7 @@ def rule(request):
 @pytest.fixture(autouse=True)
 def half_precision_tiles(monkeypatch):
     """float32 too in the chunks of 64 that half precision takes; float32's own are shorter."""
-    monkeypatch.setattr(rules, "configure", lambda *names_and_sizes: launch.configure(*names_and_sizes[:4]))
+    monkeypatch.setattr(problem, "configure", lambda *names_and_sizes: launch.configure(*names_and_sizes[:4]))
 
 
 def compare(rule, x, cu_seqlens=None, dtype=torch.float32, forward=1e-5, gradient=1e-4):
@@ -27,7 +27,10 @@ def compare(rule, x, cu_seqlens=None, dtype=torch.float32, forward=1e-5, gradien
     x = {name: t.to(dtype).double() if name in ("q", "k", "v") else t.float().double() for name, t in x.items()}
     reference = cases.run(rule, x, backend="reference", cu_seqlens=cu_seqlens)
     found = cases.run(rule, x, dtype, backend="triton", cu_seqlens=cu_seqlens)
-    cases.assert_close(found, reference, forward, gradient)
+    scales = {}
+    if dtype == torch.float16 and "g" in x and x["g"].ndim == 1:
+        scales["dg"] = cases.terms_of_constant_decay(rule, x, cu_seqlens) / 4  # 1e-3 of them; 4e-4 in 30 draws
+    cases.assert_close(found, reference, forward, gradient, scales)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -57,7 +60,7 @@ def test_every_decay_strong(rule, decay):
 
 @pytest.mark.parametrize("decay", cases.DECAYS)
 def test_tiles_of_float32(rule, decay, monkeypatch):
-    monkeypatch.setattr(rules, "configure", launch.configure)
+    monkeypatch.setattr(problem, "configure", launch.configure)
     fresh_seed()
     compare(rule, cases.inputs(rule, decay, 1, 40, heads=cases.H))
 

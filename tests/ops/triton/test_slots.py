@@ -5,7 +5,7 @@ import torch
 
 from linear_moe import ops
 from linear_moe.ops import api
-from linear_moe.ops.triton import launch, rules, slots
+from linear_moe.ops.triton import launch, problem, rules, slots
 from tests.helpers import fresh_seed, rel_err
 from tests.ops import cases, composed
 
@@ -21,7 +21,7 @@ def rule(request):
 @pytest.fixture(autouse=True)
 def half_precision_tiles(monkeypatch):
     """float32 too in the chunks of 64 that half precision takes; float32's own are shorter."""
-    monkeypatch.setattr(rules, "configure", lambda *names_and_sizes: launch.configure(*names_and_sizes[:4]))
+    monkeypatch.setattr(problem, "configure", lambda *names_and_sizes: launch.configure(*names_and_sizes[:4]))
 
 
 def compare(rule, x, cu_seqlens=None, dtype=torch.float32, forward=1e-5, gradient=1e-4):
@@ -52,7 +52,7 @@ def test_every_decay_strong(rule):
 
 
 def test_tiles_of_float32(rule, monkeypatch):
-    monkeypatch.setattr(rules, "configure", launch.configure)
+    monkeypatch.setattr(problem, "configure", launch.configure)
     fresh_seed()
     compare(rule, composed.inputs(rule, 1, 40))
 

@@ -1,19 +1,18 @@
-"""The table of FLOPs is what the interpreter counts today. If not: python -m linear_moe.ops.flops."""
+"""The table of FLOPs is what the interpreter counts today. If not: python -m linear_moe.measure.flops."""
 
 import random
 from dataclasses import replace
 
 import pytest
 
-from linear_moe.ops import flops, kernel_benchmark
-from linear_moe.ops.measure import MODES
-from linear_moe.ops.triton import workload
+from linear_moe.measure import count_flops, flops, kernel_benchmark, workload
+from linear_moe.measure.timing import MODES
 from tests.helpers import fresh_seed
 
 
 def recount(name, D, backward):
     case = next(case for case in workload.CASES if case.name == name)
-    counted = workload._count_case(replace(case, counted=(1, 64)), D, D, backward)
+    counted = count_flops._count_case(replace(case, counted=(1, 64)), D, D, backward)
     return {kernel: count / workload.Shape.H for kernel, count in counted.items()}
 
 

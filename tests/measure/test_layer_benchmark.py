@@ -2,7 +2,7 @@
 
 import torch
 
-from linear_moe.evaluation import layer_benchmark as benchmark
+from linear_moe.measure import layer_benchmark as benchmark
 from tests.helpers import fresh_seed
 
 

@@ -5,14 +5,13 @@ from functools import partial
 
 import torch
 
-from linear_moe.evaluation import layer_benchmark
-from linear_moe.ops import flops
-from linear_moe.ops.kernel_benchmark import RULES, Size, decode_speed, draw, ours, theirs, timed
-from linear_moe.ops.measure import MODES, gradients, measure, milliseconds, peak, relative
-from linear_moe.ops.triton.workload import CASES, Shape
-
+from . import flops, layer_benchmark
+from .compare import relative_error
+from .kernel_benchmark import RULES, Size, decode_speed, draw, ours, theirs, timed
 from .peers import keep_share, shorten_tuning
 from .profiles import profile_of
+from .timing import MODES, gradients, measure, milliseconds, peak
+from .workload import CASES, Shape
 
 WARM_TOKENS = 256  # lengths are nothing that kernels are compiled for
 
@@ -65,7 +64,7 @@ def time_rule(name, size, device, peer, repeats):
         found.append(both())
         profiles[f"{name} {size} {who}"] = profile_of(both, device)
     if peer:
-        row["apart"] = f"{max(map(relative, *found)):.0e}"
+        row["apart"] = f"{max(map(relative_error, *found)):.0e}"
     per_head = {title.rpartition(".")[2]: count for title, count in flops.of_kernels(rule.case, size.D).items()}
     work = {kernel: count * do[..., 0].numel() for kernel, count in per_head.items()}
     return {"row": row, "profiles": profiles, "flops": work}

@@ -21,8 +21,9 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import create_function_from_signature
 
+from linear_moe.ops.triton.launch import RUNTIME
+
 from .dataflow import transposed_products
-from .launch import RUNTIME
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -5,14 +5,15 @@ Runs are interleaved, so that a machine that slows down slows both; times are me
 """
 
 import inspect
-import time
 from functools import partial
-from statistics import median
 
 import torch
 from torch.nn.functional import logsigmoid, normalize, scaled_dot_product_attention
 
-from . import api, reference
+from linear_moe.ops import api, reference
+
+from .compare import relative_error
+from .timing import measure
 
 # What a rule takes beside q, k and v, of heads = (B, T, H) and 64 channels; k is normalised.
 LOOPS = {
@@ -38,9 +39,9 @@ def run(repeats=7, scale=1.0, threads=None):
     cases = [(case, repeats) for case in (_delta_rule, _linear_attention)]
     cases += [(partial(_loop, rule), 1) for rule in LOOPS]  # seconds each
     for case, turns in cases:
-        name, ours, theirs, inputs = case(scale)
-        times = _interleaved((ours, theirs), inputs, turns)
-        mine, other = (median(t) for t in times)
+        name, *functions, inputs = case(scale)
+        sides = [(f, [(inputs, torch.ones_like(f(*inputs)))]) for f in functions]
+        mine, other = (1e-3 * t for t in measure(sides, "cpu", turns, modes=("both",))["both"])
         print(f"{name:<88} {mine:8.4f} s {other:8.4f} s  x{other / mine:.2f}")
 
 
@@ -111,18 +112,5 @@ def _heads(T, count):
 
 
 def _agree(ours, theirs):
-    error = ((ours - theirs).norm() / theirs.norm()).item()
+    error = relative_error(ours, theirs)
     assert error < 1e-4, f"results disagree: relative error {error:.1e}"
-
-
-def _interleaved(functions, inputs, repeats):
-    """Seconds of `repeats` forward and backward passes of every function, taken in turns after one warm-up."""
-    times = [[] for _ in functions]
-    for turn in range(repeats + 1):
-        for function, seconds in zip(functions, times):
-            start = time.perf_counter()
-            o = function(*inputs)
-            torch.autograd.grad(o, inputs, torch.ones_like(o))
-            if turn:
-                seconds.append(time.perf_counter() - start)
-    return times

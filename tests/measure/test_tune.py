@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 
-from linear_moe.ops.triton import tune, tuning
-from linear_moe.ops.triton.workload import Shape
+from linear_moe.measure import tune
+from linear_moe.measure.workload import Shape
+from linear_moe.ops.triton import tuning
 
 
 @pytest.fixture

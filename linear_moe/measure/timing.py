@@ -1,74 +1,22 @@
-"""What the benchmarks share: times, memory and the least that an H200 needs.
+"""Times and memory of functions, taken in turns.
 
 Times are medians of runs taken in turns over inputs that together do not fit in the L2 cache. Each is the GPU's own: it
 works off a short delay while the host already queues the run, unless the run makes the host wait.
 """
 
-import importlib
-import os
-import shutil
 import statistics
-import subprocess
 import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
-from .triton.report import BANDWIDTH, FLOPS
-
 MODES = ("forward", "backward", "both")
-TOLERANCE = 1e-2  # relative error of bf16 results
 DELAY = 20_000_000  # GPU clock cycles, about ten milliseconds
-
-
-class NoGPU(OSError):
-    """This machine has no GPU to measure."""
-
-
-def require_gpu(device):
-    """Raises NoGPU for a CUDA device that is not there."""
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise NoGPU("this benchmark measures a GPU, and torch.cuda.is_available() is False on this machine")
-
-
-def load(path, peer):
-    """The peer's function "module:name"; ImportError that names the extra when it is not installed."""
-    module, name = path.split(":")
-    if peer == "fla":  # itself, not what else it finds installed
-        os.environ |= {"FLA_FLASH_QLA": "0", "FLA_FLASH_KDA": "0", "FLA_TILELANG": "0"}
-    try:
-        return getattr(importlib.import_module(module), name)
-    except ImportError as error:
-        extra = "gpu-peers" if peer == "flash-qla" else "peers"
-        raise ImportError(f"--peer {peer} needs it installed: pip install 'linear-moe[{extra}]' ({error})") from error
-
-
-def heading(device="cuda"):
-    """The machine and the commit that a table belongs to."""
-    import triton
-
-    name = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else "CPU (Triton's interpreter)"
-    commit = _git("rev-parse", "--short", "HEAD") or "unknown"
-    changed = " with changes" if _git("status", "--porcelain", "--untracked-files=no") else ""
-    return f"{name}, commit {commit}{changed}, torch {torch.__version__}, triton {triton.__version__}"
-
-
-def _git(*command):
-    """What git says of this repository; nothing where there is no git."""
-    if shutil.which("git") is None:
-        return ""
-    done = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return done.stdout.strip()
 
 
 def gradients(o, inputs, do):
     """Of every input that wants one."""
     return torch.autograd.grad(o, [x for x in inputs if x.requires_grad], do)
-
-
-def relative(x, reference):
-    return ((x.double() - reference.double()).norm() / reference.double().norm()).item()
 
 
 def measure(sides, device, repeats, modes=MODES):
@@ -143,21 +91,6 @@ def sets(make, device):
     size = sum(x.nbytes for x in (*inputs, do))
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     return [first, *(make() for _ in range(min(7, max(1, 2 * cache // size))))]
-
-
-def floor(inputs, do, flops):
-    """{mode: least milliseconds on an H200}. flops: {mode: FLOPs}.
-
-    Forward reads the inputs and writes the output; backward reads the inputs and the output's gradient and writes the
-    inputs' gradients. FLOPs are those that our kernels execute (flops.py).
-    """
-    read = sum(x.nbytes for x in inputs)
-    moved = {
-        "forward": read + do.nbytes,
-        "backward": read + do.nbytes + sum(x.nbytes for x in inputs if x.requires_grad),
-    }
-    moved["both"] = moved["forward"] + moved["backward"]
-    return {mode: 1e3 * max(moved[mode] / BANDWIDTH, flops[mode] / FLOPS) for mode in MODES}
 
 
 @contextmanager

@@ -12,25 +12,18 @@ import torch
 from torch import nn
 
 from linear_moe.mom import MoMConfig, Router, make_routes
-from linear_moe.ops import flops, grouped_linear
-from linear_moe.ops.kernel_benchmark import RULES, Size
-from linear_moe.ops.measure import (
-    MODES,
-    TOLERANCE,
-    floor,
-    gradients,
-    graph_of,
-    heading,
-    load,
-    measure,
-    peak,
-    relative,
-    require_gpu,
-    sets,
-)
-from linear_moe.ops.triton.report import table
+from linear_moe.ops import grouped_linear
 from linear_moe.ssm.core import MixerCore
 from linear_moe.ssm.gated_deltanet import GatedDeltaNet
+
+from . import flops
+from .compare import TOLERANCE, relative_error
+from .h200 import floor
+from .kernel_benchmark import RULES, Size
+from .machine import heading, require_gpu
+from .peers import load
+from .tables import table
+from .timing import MODES, gradients, graph_of, measure, peak, sets
 
 SIZES = [Size(4, 4096, 8, 128), Size(8, 2048, 4, 256)]
 MOM = MoMConfig(memories=4, topk=2, shared=True)
@@ -164,7 +157,7 @@ def error(layer, size, device, dtype):
     o, expected = layer(x, routing), exact(wide, same)
     mine = gradients(o, [*leaves, *layer.core.parameters()], do.to(device, dtype))
     reference = gradients(expected, [*wide_leaves, *exact.core.parameters()], do)
-    return relative(o.cpu(), expected), max(relative(a.cpu(), b) for a, b in zip(mine, reference))
+    return relative_error(o.cpu(), expected), max(relative_error(a.cpu(), b) for a, b in zip(mine, reference))
 
 
 def difference(layer, other, size, device, dtype):
@@ -175,7 +168,7 @@ def difference(layer, other, size, device, dtype):
     take_weights(layer, other)
     x = torch.randn(2, 512, size.H * size.D, device=device).to(dtype)
     other.eval()
-    found = relative(layer(x), other(x)[0])
+    found = relative_error(layer(x), other(x)[0])
     other.train()
     return found
 
@@ -259,7 +252,7 @@ def measured(sides, size, device, dtype, repeats):
 
 
 def least_time(layer, size, x, do):
-    """Least milliseconds of forward and backward on an H200: see measure.floor."""
+    """Least milliseconds of forward and backward on an H200: see h200.floor."""
     tokens = size.B * size.T
     rows = tokens * ROWS if layer.mom else tokens
     rule = flops.of_modes(RULE.case, size.D)

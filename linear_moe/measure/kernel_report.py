@@ -6,17 +6,17 @@ must move and compute gives the least time that it can take on an H200.
 
 import dataclasses
 import json
-import re
 import sys
 from dataclasses import dataclass
 
 import torch
 
-from . import launch, tuning, workload
+from . import count_flops
 from .binary import SHARED, TARGETS, Build, compile_all
-from .workload import CASES, Shape, title
+from .h200 import BANDWIDTH, FLOPS, least_seconds
+from .tables import table
+from .workload import CASES, Shape, record, title
 
-BANDWIDTH, FLOPS = 4.3e12, 790e12  # of an H200, measured: bytes a second of a copy, bf16 operations of a product
 MAX_SPILLS = 64  # bytes a thread
 WIDTHS = [(64, 64), (128, 128), (256, 256), (64, 128), (128, 64), (128, 256)]
 QUICK = ("attention scalar", "delta scalar packed", "conv of reads", "grouped projections", "route")
@@ -71,19 +71,6 @@ def parts(quick=False):
     return found + [Part(a, 64, 64, dtype, names) for a in TARGETS for dtype in (torch.float16, torch.float32)]
 
 
-def record(case, shape, architecture):
-    """The launches of one case, forward and backward, with the tiles of one architecture."""
-    before, tuning.target = tuning.target, architecture
-    prepared = case.prepare(shape)
-    launch.recorded.clear()  # what is needed to prepare is a case of its own
-    try:
-        case.run(*prepared)
-        return list(launch.recorded)
-    finally:
-        tuning.target = before
-        launch.recorded.clear()
-
-
 def collect(wanted):
     """Distinct builds of all parts, each with a `label` and the `case` that first needs it."""
     builds = {}
@@ -133,31 +120,19 @@ def launches_of(widths, names, kernels=""):
 def floors(moved, flops):
     """What every kernel of every case must do, forward and backward: rows of Floor's fields.
 
-    moved: of `launches_of`; flops: of workload.count_flops. The least time is that of the bytes or of the FLOPs, the
+    moved: of `launches_of`; flops: of count_flops.count_flops. The least time is that of the bytes or of the FLOPs, the
     longer of the two, on an H200.
     """
     for (case, (K, V), kernel), sizes in moved.items():
         size = sum(sizes)
         work = flops[f"{K}x{V}"][case][kernel] if flops else 0
-        yield Floor(case, f"{K}x{V}", kernel, len(sizes), size, work, 1e9 * max(size / BANDWIDTH, work / FLOPS))
+        yield Floor(case, f"{K}x{V}", kernel, len(sizes), size, work, 1e9 * least_seconds(size, work))
 
 
 def _bytes(args):
     """Bytes of the tensors among args, each counted once however often it is given."""
     tensors = {id(x): x for x in args if isinstance(x, torch.Tensor)}.values()
     return sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in tensors)
-
-
-def table(header, rows):
-    """A markdown table; numbers to the right."""
-    text = [[str(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*text)]
-    right = [all(re.fullmatch(r"-?[\d.]+%?|", cell) for cell in column[1:]) for column in zip(*text)]
-    lines = [
-        "| " + " | ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right)) + " |" for row in text
-    ]
-    rule = "|" + "|".join("-" * (w + 1) + (":" if r else "-") for w, r in zip(widths, right)) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
 
 
 def run(quick=False, json_path=None, architectures=None, kernels="", max_spills=MAX_SPILLS, processes=2):
@@ -170,7 +145,7 @@ def run(quick=False, json_path=None, architectures=None, kernels="", max_spills=
     halves = [part for part in wanted if part.dtype == torch.bfloat16]
     widths = sorted({(part.K, part.V) for part in halves})
     moved = launches_of(widths, {name for part in halves for name in part.cases}, kernels)
-    counting = workload.start_counting(sorted({case for case, *_ in moved}), widths)
+    counting = count_flops.start_counting(sorted({case for case, *_ in moved}), widths)
     done = []
 
     def progress(i):
@@ -180,7 +155,7 @@ def run(quick=False, json_path=None, architectures=None, kernels="", max_spills=
 
     binaries = compile_all(builds, processes, progress=progress)
     print(table(*_binaries_table(builds, binaries)), flush=True)
-    found = [*floors(moved, workload.finish_counting(counting))]
+    found = [*floors(moved, count_flops.finish_counting(counting))]
     print(f"\nLeast time on an H200 ({BANDWIDTH / 1e12} TB/s, {FLOPS / 1e12:.0f} TFLOP/s), a token of 8 heads, bf16\n")
     header = ("case", "KxV", "kernel", "launches", "bytes", "FLOPs", "ns", "bound by")
     print(table(header, [floor.row() for floor in found]))

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from linear_moe.ops import benchmark
+from linear_moe.measure import torch_benchmark as benchmark
 from tests.helpers import fresh_seed
 
 

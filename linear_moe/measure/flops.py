@@ -1,14 +1,15 @@
 """Floating-point operations of our kernels, from a table: counting them takes Triton's interpreter, which not every
 machine with a GPU runs.
 
-`python -m linear_moe.ops.flops` counts anew and writes flops.json, for `CASES` and heads as wide as `WIDTHS`: five
+`python -m linear_moe.measure.flops` counts anew and writes flops.json, for `CASES` and heads as wide as `WIDTHS`: five
 minutes.
 """
 
 import json
-import re
 from functools import cache
 from pathlib import Path
+
+from .tables import save
 
 TABLE = Path(__file__).with_name("flops.json")
 CASES = ("attention no decay", "attention constant", "attention scalar", "attention channel")
@@ -28,7 +29,7 @@ def of_kernels(case, D):
 
 
 def of_modes(case, D):
-    """{mode: FLOPs a token and value head}; modes of `measure.MODES`."""
+    """{mode: FLOPs a token and value head}; modes of `timing.MODES`."""
     found = table()[case][f"{D}x{D}"]
     forward, both = (sum(found[mode].values()) for mode in ("forward", "both"))
     return {"forward": forward, "backward": both - forward, "both": both}
@@ -36,7 +37,8 @@ def of_modes(case, D):
 
 def count():
     """The table, counted under the interpreter."""
-    from .triton.workload import Shape, count_flops
+    from .count_flops import count_flops
+    from .workload import Shape
 
     pairs, found = [(D, D) for D in WIDTHS], {case: {} for case in CASES}
     for mode in ("forward", "both"):
@@ -48,5 +50,4 @@ def count():
 
 
 if __name__ == "__main__":
-    text = json.dumps(count(), indent=1)
-    TABLE.write_text(re.sub(r"\{[^{}]*\}", lambda kernels: " ".join(kernels[0].split()), text) + "\n")
+    save(TABLE, count())

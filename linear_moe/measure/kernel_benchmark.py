@@ -8,23 +8,15 @@ from functools import partial
 import torch
 from torch.nn.functional import logsigmoid, normalize
 
-from . import api, flops
-from .measure import (
-    MODES,
-    TOLERANCE,
-    floor,
-    gradients,
-    graph_of,
-    heading,
-    load,
-    measure,
-    milliseconds,
-    peak,
-    relative,
-    require_gpu,
-    sets,
-)
-from .triton.report import table
+from linear_moe.ops import api
+
+from . import flops
+from .compare import TOLERANCE, relative_error
+from .h200 import floor
+from .machine import heading, require_gpu
+from .peers import load
+from .tables import table
+from .timing import MODES, gradients, graph_of, measure, milliseconds, peak, sets
 
 REFERENCE_TOKENS = 200
 
@@ -142,8 +134,8 @@ def errors(functions, rule, size, device, dtype):
     found = []
     for make in functions:
         o = make(rule, short, device)(*inputs)
-        worst = max(map(relative, gradients(o, inputs, do.to(o.dtype)), expected))
-        found.append((relative(o, reference), worst))
+        worst = max(map(relative_error, gradients(o, inputs, do.to(o.dtype)), expected))
+        found.append((relative_error(o, reference), worst))
     return found
 
 

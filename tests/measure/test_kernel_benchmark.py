@@ -2,8 +2,9 @@
 
 import pytest
 
-from linear_moe.ops import kernel_benchmark as benchmark
-from linear_moe.ops import measure
+from linear_moe.measure import h200, peers
+from linear_moe.measure import kernel_benchmark as benchmark
+from linear_moe.measure.timing import MODES
 from tests.helpers import fresh_seed
 
 
@@ -41,13 +42,13 @@ def test_packed_inputs_and_grouped_heads():
 
 def test_floor_is_the_longer_of_bytes_and_flops():
     x = benchmark.torch.zeros(1000, requires_grad=True)
-    none = dict.fromkeys(measure.MODES, 0)
-    moved = measure.floor([x], x, none)
-    assert moved["forward"] == pytest.approx(1e3 * 8000 / measure.BANDWIDTH)
+    none = dict.fromkeys(MODES, 0)
+    moved = h200.floor([x], x, none)
+    assert moved["forward"] == pytest.approx(1e3 * 8000 / h200.BANDWIDTH)
     assert moved["both"] == pytest.approx(moved["forward"] + moved["backward"])
-    assert measure.floor([x], x, none | {"both": 790e12})["both"] == pytest.approx(1e3)
+    assert h200.floor([x], x, none | {"both": 790e12})["both"] == pytest.approx(1e3)
 
 
 def test_a_missing_peer_names_the_extra():
     with pytest.raises(ImportError, match=r"linear-moe\[peers\]"):
-        measure.load("no_such_module:function", "fla")
+        peers.load("no_such_module:function", "fla")

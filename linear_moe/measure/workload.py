@@ -4,19 +4,14 @@ The same cases run on meta tensors, where launches are only recorded, under the 
 are counted, and on a GPU, where they are timed.
 """
 
-import json
-import os
-import subprocess
-import sys
-import warnings
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import normalize
 
-from .. import api, online
+from linear_moe.ops import api, online
+from linear_moe.ops.triton import launch, tuning
 
 HIDDEN, MEMORIES, TOPK, TAPS = 1024, 4, 2, 4
 
@@ -260,62 +255,14 @@ def title(kernel):
     return f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__.strip('_').removesuffix('_kernel')}"
 
 
-def start_counting(names, widths, backward=True):
-    """Starts what `count_flops` does; the process prints its result as JSON."""
-    command = [sys.executable, "-m", __name__, json.dumps([list(names), list(widths), backward])]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-
-
-def count_flops(names, widths, backward=True):
-    """Floating-point operations a token of every kernel: {"KxV": {case: {kernel: FLOPs}}}, for the heads of a Shape.
-
-    names of cases; widths: pairs (K, V); backward: or forward alone. What is counted are the products of matrices
-    (tl.dot, 2 M N K each, so also what masks throw away) that the interpreter executes on short inputs, in a process of
-    its own, with the tiles of `tuning.target` for 16-bit inputs.
-    """
-    return finish_counting(start_counting(names, widths, backward))
-
-
-def finish_counting(process):
-    """The result of `start_counting`; a warning and nothing where the interpreter fails, as some of its versions do."""
-    text, _ = process.communicate()
-    if process.returncode:
-        warnings.warn("FLOPs are not counted, so floors are those of bytes: see the interpreter's error", stacklevel=2)
-        return {}
-    return json.loads(text)
-
-
-def _count_case(case, K, V, backward=True):
-    """{kernel: FLOPs a token of a Shape's heads}, under the interpreter."""
-    from triton.runtime import interpreter
-
-    counts, running, (H, T) = Counter(), [], case.counted
-    prepared = case.prepare(Shape(K, V, torch.float16, "cpu", B=1, T=T, H=H))
-    dot, call = interpreter.InterpreterBuilder.create_dot, interpreter.GridExecutor.__call__
-
-    def counting_dot(self, a, b, accumulator, *rest):
-        counts[running[-1]] += 2 * a.data.size * b.data.shape[-1]
-        return accumulator  # nothing that is executed depends on a product's values
-
-    def named_call(self, *args, **options):
-        running.append(title(self.fn))
-        counts[running[-1]] += 0
-        return call(self, *args, **options)
-
-    interpreter.InterpreterBuilder.create_dot, interpreter.GridExecutor.__call__ = counting_dot, named_call
+def record(case, shape, architecture):
+    """The launches of one case, forward and backward, with the tiles of one architecture."""
+    before, tuning.target = tuning.target, architecture
+    prepared = case.prepare(shape)
+    launch.recorded.clear()  # what is needed to prepare is a case of its own
     try:
-        case.run(*prepared, backward)
+        case.run(*prepared)
+        return list(launch.recorded)
     finally:
-        interpreter.InterpreterBuilder.create_dot, interpreter.GridExecutor.__call__ = dot, call
-    return {name: count / T * Shape.H / H for name, count in counts.items()}
-
-
-def _main():
-    names, widths, backward = json.loads(sys.argv[1])
-    cases = [case for case in CASES if case.name in names]
-    print(json.dumps({f"{K}x{V}": {case.name: _count_case(case, K, V, backward) for case in cases} for K, V in widths}))
-
-
-if __name__ == "__main__":
-    _main()
+        tuning.target = before
+        launch.recorded.clear()

@@ -1,4 +1,4 @@
-"""Remakes the tuning table's entries of the GPU at hand: `python tools/py --tune`.
+"""Remakes the tuning table's entries of the GPU at hand: `python tools/benchmark.py --tune`.
 
 Coordinate descent from the present entry: every tile size, warps and stages a step up and down, in turns, as long as
 the ops that use the kernel get faster. Whole ops are timed, so that a kernel is not tuned at the expense of the next.
@@ -12,11 +12,14 @@ from dataclasses import replace
 
 import torch
 
-from ..measure import TOLERANCE, heading, measure, relative, require_gpu
-from . import launch, tuning
+from linear_moe.ops.triton import launch, tuning
+
 from .binary import SHARED, TARGETS, Build, compile_all
-from .report import record, table
-from .workload import CASES, Shape
+from .compare import TOLERANCE, relative_error
+from .machine import heading, require_gpu
+from .tables import save, table
+from .timing import measure
+from .workload import CASES, Shape, record
 
 WIDTHS = list(itertools.product(tuning.WIDTHS, repeat=2))
 RANGES = {"num_warps": (1, 16), "num_stages": (1, 5), "L": (1, 32), "STEPS": (1, 16), "BAND": (1, 32), "BT": (1, 4096)}
@@ -87,7 +90,8 @@ class Trial:
         self.set(entry)
         try:
             for expected, found in zip(self.expected, self.results()):
-                if any(relative(b, a) > TOLERANCE for a, b in zip(expected, found) if a.any()):
+                checked = [(a, b) for a, b in zip(expected, found) if a.any()]
+                if not all(relative_error(b, a) <= TOLERANCE for a, b in checked):  # nan too
                     return float("inf")
             sides = [
                 (lambda case=c, given=g: case.run(*given), [([], None)]) for c, g in zip(self.cases, self.prepared)
@@ -140,5 +144,5 @@ def run(kernel="", widths=WIDTHS, rounds=3, repeats=10, device="cuda"):
             best, after, before = trial.search(rounds)
             rows.append((name, where, str(trial.entry), str(best), f"{before:.3f}", f"{after:.3f}"))
             print(" ".join(rows[-1]), flush=True)
-            tuning.save(entries)
+            save(tuning.TABLE, entries, sort_keys=True)
     print(f"\n{heading(device)}\n\n{table(('kernel', 'KxV', 'before', 'after', 'ms', 'ms'), rows)}")
