@@ -129,7 +129,9 @@ def train(args, folder: Path, flags: list) -> float:
             last.append(line)
             if step := re.search(r"iteration +(\d+)/.*lm loss: (\S+)", line):
                 print(f"   iteration {step[1]}: loss {float(step[2]):.4f}", flush=True)
-            elif re.match(r" tokens/s| validation loss at|.*(loading|saving) checkpoint", line):
+                if figures := re.search(r"tokens/s: .*", line):
+                    print("     ", figures[0].strip(" |"), flush=True)
+            elif re.match(r" validation loss at| (loaded|saved) checkpoint", line):
                 print("     ", line.strip(" |\n"), flush=True)
             if found := re.search(r"validation loss at .*lm loss value: (\S+)", line):
                 validation = float(found[1])

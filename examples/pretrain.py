@@ -6,11 +6,7 @@ command line override them. --help lists all.
 
 import sys
 
-from linear_moe.mcore.pretrain import prepare, train
+from linear_moe.mcore.run import run
 
-if __name__ == "__main__":  # checkpoint writers start this module again in processes of their own
-    try:
-        args = prepare(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    train(args)
+if __name__ == "__main__":  # processes that write checkpoints import this module again
+    run(sys.argv[1:])

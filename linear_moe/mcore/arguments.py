@@ -74,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--mom-balance-coeff", type=float, default=1e-2, help="weight of the balance loss, which is 1 when balanced"
     )
     group.add_argument("--mom-z-loss-coeff", type=float, default=0.0, help="weight of the router z-loss")
+    group.add_argument("--verbose", action="store_true", help="print all that Megatron prints, not only what matters")
     parser.set_defaults(**(_local_defaults() | cpu_defaults() | CHECKPOINT_DEFAULTS))
     return parser
 
