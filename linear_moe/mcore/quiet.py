@@ -35,7 +35,7 @@ SAID = (
 MATTERS = re.compile(r"warning|error|could not|cannot|unable|fail|invalid|exit|abort|skipping|\bnan\b", re.IGNORECASE)
 IDLE = re.compile(
     r"^  \w+ [. ]|one_logger|will not load any checkpoints|RerunStateMachine|Result validation|GPTModel IS DEPRECATED"
-    "|MCore's async save is deprecated|indexes because path_to_cache is None"
+    "|Setting args.overlap_p2p_comm|MCore's async save is deprecated|indexes because path_to_cache is None"
 )
 
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,16 @@ def test_starts_a_process_a_gpu(variables, tmp_path):
     assert run.stdout.endswith(
         "--save out/checkpoints --load out/checkpoints --tensorboard-dir out/tensorboard --bf16\n"
     )
+
+
+@pytest.mark.parametrize("script", ["pretrain.py", "demo.py"])
+def test_importing_a_script_is_cheap(script):
+    """The processes that it starts import it again."""
+    code = "import runpy, sys; runpy.run_path(sys.argv[1]); print({'torch', 'megatron'} & {*sys.modules})"
+    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)}
+    command = [sys.executable, "-c", code, EXAMPLES / script]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert run.stdout == "set()\n", run.stderr
 
 
 @pytest.mark.parametrize("script", ["train_one_node.sh", "train_slurm.sbatch"])
