@@ -11,13 +11,8 @@ import sys
 from collections import deque
 from pathlib import Path
 
-import torch
-
+# Nothing heavy here: the processes that tokenize import this module again.
 from linear_moe.data.text import split_files, stdlib_files, stdlib_root
-from linear_moe.data.tokenizer import train_bpe
-from linear_moe.evaluation.bigram import bigram_loss, bits_per_byte
-from linear_moe.evaluation.plots import plot_loss, plot_memories, read_scalars
-from linear_moe.mcore.preprocess import load_documents, preprocess
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY, SEQUENCE, BATCH = 512, 256, 16  # the last two as in demo.yaml
@@ -56,11 +51,16 @@ def iteration(folder: Path) -> int:
 
 
 def tokens_per_second(folder: Path) -> float:
+    from linear_moe.evaluation.plots import read_scalars
+
     return statistics.median(read_scalars(folder / "tensorboard")["tokens-per-second"][1])
 
 
 def show(folder: Path, corpus: dict, baseline, loss: float) -> int:
     """Pictures, numbers and what to try next; the exit status: 0 if the model is better than the bigram."""
+    from linear_moe.evaluation.bigram import bits_per_byte
+    from linear_moe.evaluation.plots import plot_loss, plot_memories
+
     print("\n5. Look at it")
     logs = folder / "tensorboard"
     plot_loss(logs, folder / "loss.png", baseline=baseline.nats_per_token)
@@ -87,6 +87,10 @@ def show(folder: Path, corpus: dict, baseline, loss: float) -> int:
 
 def prepare(folder: Path):
     """Tokenizer, data files and bigram of the corpus; the validation file's counts and the BigramResult."""
+    from linear_moe.data.tokenizer import train_bpe
+    from linear_moe.evaluation.bigram import bigram_loss
+    from linear_moe.mcore.preprocess import load_documents, preprocess
+
     train_files, validation_files = split_files(stdlib_files(), stdlib_root(), validation=0.01)
     if not (folder / "valid.json").exists():
         print(f"1. Corpus: {len(train_files)} + {len(validation_files)} files of {stdlib_root()}", flush=True)
@@ -101,6 +105,8 @@ def prepare(folder: Path):
 
 def command(args, folder: Path, flags: list) -> list[str]:
     """linear-moe pretrain under torchrun, in as many processes as the machine has use for."""
+    import torch
+
     gpus = torch.cuda.device_count()
     processes = args.processes or (min(gpus, 2) if gpus else 2)
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
@@ -129,7 +135,9 @@ def train(args, folder: Path, flags: list) -> float:
             last.append(line)
             if step := re.search(r"iteration +(\d+)/.*lm loss: (\S+)", line):
                 print(f"   iteration {step[1]}: loss {float(step[2]):.4f}", flush=True)
-            elif re.match(r" tokens/s| validation loss at|.*(loading|saving) checkpoint", line):
+                if figures := re.search(r"tokens/s: .*", line):
+                    print("     ", figures[0].strip(" |"), flush=True)
+            elif re.match(r" validation loss at| (loaded|saved) checkpoint", line):
                 print("     ", line.strip(" |\n"), flush=True)
             if found := re.search(r"validation loss at .*lm loss value: (\S+)", line):
                 validation = float(found[1])

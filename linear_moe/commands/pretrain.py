@@ -2,12 +2,21 @@
 
 import sys
 
+from linear_moe.mcore.quiet import hush
+
 
 def main(argv: list[str]) -> None:
-    from linear_moe.mcore.pretrain import prepare, train  # importing Megatron takes seconds
+    """Trains what the flags say; what is refused is said in one line, with exit status 1."""
+    if "--verbose" not in argv:
+        hush()
+    from linear_moe.mcore.damage import Refused  # importing Megatron takes seconds, and warns
+    from linear_moe.mcore.pretrain import prepare, train
 
     try:
         args = prepare(argv)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    train(args)
+    try:
+        train(args)
+    except Refused as error:
+        sys.exit(f"error: {error}")

@@ -21,11 +21,14 @@ from linear_moe.mcore.vocabulary import patch_padding
 from linear_moe.mom import MoMConfig
 from linear_moe.ssm import MIXERS
 
+USAGE = "%(prog)s [--config NAME] [flags of Megatron and of linear_moe]"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add our flags to a Megatron parser; give it to Megatron as ``extra_args_provider``."""
     patch_padding()  # here, because Megatron pads the vocabulary while it parses
-    parser.usage = "%(prog)s [--config NAME] [flags of Megatron and of linear_moe]"  # all 700 would hide an error
+    parser.usage = USAGE  # all 700 flags would hide an error
+    _mend_help(parser)
     group = parser.add_argument_group("linear_moe")
     group.add_argument(
         "--mixer",
@@ -69,8 +72,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--mom-balance-coeff", type=float, default=1e-2, help="weight of the balance loss, which is 1 when balanced"
     )
     group.add_argument("--mom-z-loss-coeff", type=float, default=0.0, help="weight of the router z-loss")
+    group.add_argument("--verbose", action="store_true", help="print all that Megatron prints, not only what matters")
     parser.set_defaults(**(_local_defaults() | cpu_defaults() | CHECKPOINT_DEFAULTS))
     return parser
+
+
+def _mend_help(parser: argparse.ArgumentParser) -> None:
+    """A help text of Megatron's has a bare %, on which argparse fails while it prints all of them."""
+    formatter = parser._get_formatter()
+    for action in parser._actions:
+        try:
+            formatter._expand_help(action)
+        except ValueError:
+            action.help = action.help.replace("%", "%%")
 
 
 def _local_defaults() -> dict:
@@ -87,7 +101,10 @@ def _local_defaults() -> dict:
 def _json_object(text: str, example: str = '{"head_dim": 64}') -> dict:
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError) as error:  # not JSON, a number of too many digits, brackets too deep
+    except json.JSONDecodeError as error:
+        what = f"{error.msg.removesuffix(' at')}, in column {error.colno} of line {error.lineno}"
+        raise argparse.ArgumentTypeError(f"not JSON ({what}); write it as {example}: {text[:80]!r}") from None
+    except (ValueError, RecursionError) as error:  # a number of too many digits, brackets too deep
         raise argparse.ArgumentTypeError(f"not JSON ({error}); write it as {example}: {text[:80]!r}") from None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"must be a JSON object, but is {text[:80]!r}")
@@ -110,6 +127,8 @@ def layer_options(args) -> LayerOptions:
     mixers = mixer_options(args, norm_eps=args.layernorm_epsilon)
     pattern = expand_pattern(args.layer_pattern, args.num_layers, mixers)
     mom = None
+    if args.mom_memories < 0:
+        raise ValueError(f"mom_memories must be 0 (no MoM) or the number of memories, but is {args.mom_memories}")
     if args.mom_memories:
         mom = MoMConfig(
             memories=args.mom_memories,
@@ -174,9 +193,11 @@ def expand_argv(argv: list[str]) -> list[str]:
     ``--no-<switch>`` on the command line takes back a switch that the file set and that has no such flag of its own.
     """
     pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    pre.add_argument("--config")
+    pre.add_argument("--config", action="append", default=[])
     known, rest = pre.parse_known_args(argv)
-    flags = config_argv(read_config(known.config), known.config) if known.config else []
+    if len(known.config) > 1:
+        raise ValueError(f"give --config once, not {len(known.config)} times ({', '.join(known.config)})")
+    flags = [flag for path in known.config for flag in config_argv(read_config(path), path)]
     actions = _actions()
     for taken_back in [flag for flag in rest if flag.startswith("--no-") and flag not in actions]:
         flag = "--" + taken_back.removeprefix("--no-")

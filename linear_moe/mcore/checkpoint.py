@@ -6,11 +6,12 @@ built or loaded, what cannot be loaded.
 """
 
 import functools
-import json
 import os
 from pathlib import Path
 
 from linear_moe.mcore import optimizer_state
+from linear_moe.mcore.damage import TRACKER, damage, iteration, remedy, whole
+from linear_moe.mcore.writers import patch_writers
 
 # Defaults for `parser.set_defaults`: "dp_reshardable", Megatron's own, only reshards along DP.
 CHECKPOINT_DEFAULTS = {"dist_ckpt_optim_fully_reshardable": True}
@@ -37,20 +38,31 @@ WEIGHTS_ONLY = "load the weights only: --no-load-optim --no-load-rng to keep the
 
 
 def check_checkpoint(args) -> None:
-    """Raise ValueError if the checkpoint at `args.load` cannot be loaded under `args`; silent if there is none.
+    """Raise ValueError if the checkpoint at `args.load` cannot be loaded under `args`, or if there is none, unless that
+    is where this run will save its first.
 
     Call it after Megatron has parsed and validated its arguments, before `pretrain`. Mends a tracker file that an
     interrupted save has left empty.
     """
-    folder = getattr(args, "load", None)
-    if folder is None or not (Path(folder) / TRACKER).exists():
+    if args.pretrained_checkpoint is not None and (args.load is None or not _has_checkpoint(args.load)):
+        return
+    folder = args.load
+    if folder is None or not _has_checkpoint(folder):
+        _check_start(args)
         return
     from megatron.core import dist_checkpointing
+    from torch.distributed.checkpoint import CheckpointException
 
     path = Path(folder) / _checkpoint_name(args, Path(folder))
     if not dist_checkpointing.check_is_distributed_checkpoint(str(path)):
         return  # another format (legacy torch, DCP): Megatron's own business
-    common = dist_checkpointing.load_common_state_dict(str(path))
+    try:
+        common = dist_checkpointing.load_common_state_dict(str(path))
+    except (Exception, CheckpointException) as error:  # whatever unpickling garbage may raise
+        raise ValueError(
+            f"{path} is damaged: what it says of itself cannot be read ({type(error).__name__}); "
+            + remedy(path.parent, path)
+        ) from error
     saved = common.get("args")
     if saved is None:
         return
@@ -64,6 +76,23 @@ def check_checkpoint(args) -> None:
         _check_optimizer(path, saved, args, dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {})
         if not args.skip_train:
             _check_schedule(path, common.get("opt_param_scheduler") or {}, args)
+
+
+def _has_checkpoint(folder: str) -> bool:
+    return (Path(folder) / TRACKER).exists()
+
+
+def _check_start(args) -> None:
+    """Random weights are for the start of a training run, and no others."""
+    if args.skip_train:
+        given = f"{args.load} has no checkpoint" if args.load else "no --load"
+        raise ValueError(f"--skip-train evaluates a checkpoint, but {given}: random weights are not worth evaluating")
+    first = args.load is None or (args.save is not None and Path(args.load).resolve() == Path(args.save).resolve())
+    if not first:
+        raise ValueError(
+            f"--load {args.load} has no checkpoint ({TRACKER} is missing); to start with random weights leave it out, "
+            "or give the folder of --save"
+        )
 
 
 def _value(args, name: str):
@@ -165,8 +194,6 @@ def _schedule(args) -> dict[str, object]:
 
 # --- interrupted saves ----------------------------------------------------------------------------------------------
 
-TRACKER = "latest_checkpointed_iteration.txt"
-
 
 def _checkpoint_name(args, folder: Path) -> str:
     """The checkpoint that Megatron will load, checked to be whole.
@@ -176,9 +203,9 @@ def _checkpoint_name(args, folder: Path) -> str:
     """
     tracker = folder / TRACKER
     text = tracker.read_text().strip()
-    whole = sorted(filter(_is_whole, folder.glob("iter_*")), key=lambda path: (path / "metadata.json").stat().st_mtime)
-    if not text and whole:
-        text = str(int(whole[-1].name.removeprefix("iter_")))
+    last = None if text else next(whole(folder), None)
+    if last:
+        text = str(iteration(last))
         mended = tracker.with_suffix(f".{os.getpid()}")
         mended.write_text(text)
         mended.replace(tracker)  # atomic: every rank may be doing the same
@@ -186,22 +213,13 @@ def _checkpoint_name(args, folder: Path) -> str:
     if str(step) == "release":
         return "release"
     if not str(step).isdigit():
-        raise ValueError(f"{tracker} should hold an iteration but holds {text!r}, and {folder} has no whole checkpoint")
+        raise ValueError(f"{tracker} should hold an iteration but holds {text!r}; {remedy(folder)}")
     name = f"iter_{int(step):07d}"
     legacy = any((folder / name).glob("mp_rank_*"))
-    if not legacy and folder / name not in whole:
-        usable = ", ".join(p.name for p in whole) or "none"
-        raise ValueError(f"{folder / name} is incomplete or missing; whole: {usable} (--ckpt-step N loads iteration N)")
+    wrong = None if legacy else damage(folder / name)
+    if wrong:
+        raise ValueError(f"{folder / name} is {wrong}; {remedy(folder)}")
     return name
-
-
-def _is_whole(path: Path) -> bool:
-    """metadata.json is written last, after every rank's tensors and torch's .metadata."""
-    try:
-        json.loads((path / "metadata.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return (path / ".metadata").exists()
 
 
 # --- patches --------------------------------------------------------------------------------------------------------
@@ -232,4 +250,5 @@ def patch_megatron() -> None:
         return metadata
 
     checkpointing._build_sharded_state_dict_metadata = build_metadata
+    patch_writers()
     optimizer_state.patch()

@@ -10,6 +10,8 @@ from linear_moe.mcore.specs import LayerOptions, moe_layers
 from linear_moe.ops.backend import check_compiler
 from linear_moe.ssm.declaration import check_declaration
 
+NEEDED = ("num_layers", "hidden_size", "num_attention_heads", "seq_length")
+
 
 def check_arguments(args) -> None:
     """Refuse, before any work, what Megatron's own checks let through and our layers cannot do.
@@ -17,6 +19,7 @@ def check_arguments(args) -> None:
     Raises:
         ValueError: with the rule and the values.
     """
+    _check_given(args)
     options = layer_options(args)
     if options.linear and torch.cuda.is_available():
         check_compiler()
@@ -35,6 +38,18 @@ def check_arguments(args) -> None:
         check_declaration(mixer)
         if mixer.value_residual:
             _check_value_residual(args, options, letter)
+
+
+def _check_given(args) -> None:
+    missing = [name for name in NEEDED if getattr(args, name) is None]
+    if missing:
+        flags = ", ".join("--" + name.replace("_", "-") for name in missing)
+        raise ValueError(
+            f"no model: give --config NAME (a file, or one of `linear-moe configs`), or {flags} (--help lists all)"
+        )
+    for name in NEEDED:
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name} must be at least 1, but is {getattr(args, name)}")
 
 
 def _check_widths(args, options: LayerOptions) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import logging
 import os
+import sys
 import types
 
 import torch
@@ -32,9 +33,6 @@ def enable_cpu() -> bool:
         _enabled = True
         # Megatron asserts this for TP; it orders kernels on a GPU older than Blackwell and means nothing here.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        # mcore decorates small functions with torch.compile; on CPU that costs minutes of C++ compilation for nothing.
-        # Before the patches, because importing dynamo makes a table of torch.cuda's functions.
-        torch.compiler.set_stance("force_eager")
         _patch_torch_cuda()
         _patch_gloo()
         _DeviceMode().__enter__()  # for the life of the process
@@ -141,11 +139,9 @@ class _Event(_Stream):
 def _patch_torch_cuda() -> None:
     """torch.cuda's questions, answered by the CPU."""
 
-    def nothing(*args, **kwargs):
-        return None
-
-    def zero(*args, **kwargs):
-        return 0
+    def always(value):
+        """A function of its own each time: torch.compile holds a rule for every one of torch.cuda's."""
+        return lambda *args, **kwargs: value
 
     stream = _Stream()
     # Capability (0, 0) turns every "if the GPU is at least ..." off.
@@ -165,24 +161,25 @@ def _patch_torch_cuda() -> None:
         "default_stream": lambda *args: stream,
         "is_current_stream_capturing": lambda: False,
         # The CPU generator is what dropout draws from here, so it is the one to seed, save and fork.
-        "manual_seed": torch.default_generator.manual_seed,  # not torch.manual_seed, which calls these two
-        "manual_seed_all": torch.default_generator.manual_seed,
+        "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),  # torch.manual_seed calls these two
+        "manual_seed_all": lambda seed: torch.default_generator.manual_seed(seed),
         "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
         "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
     }
-    answers |= dict.fromkeys(["set_device", "set_stream", "synchronize", "empty_cache", "ipc_collect"], nothing)
-    answers |= dict.fromkeys(["reset_peak_memory_stats", "reset_max_memory_allocated"], nothing)
-    answers |= dict.fromkeys(["memory_allocated", "max_memory_allocated", "memory_reserved"], zero)
-    answers |= dict.fromkeys(["max_memory_reserved", "device_memory_used", "utilization"], zero)
+    inert = (
+        "set_device set_stream synchronize empty_cache ipc_collect reset_peak_memory_stats reset_max_memory_allocated"
+    )
+    zero = "memory_allocated max_memory_allocated memory_reserved max_memory_reserved device_memory_used utilization"
+    answers |= {name: always(None) for name in inert.split()} | {name: always(0) for name in zero.split()}
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
     for name in ("range_push", "range_pop", "mark"):
-        setattr(torch.cuda.nvtx, name, nothing)
+        setattr(torch.cuda.nvtx, name, always(None))
     _keep_generator_from_data_loaders()
     # The mode above never sees these: modules move themselves, and a tensor's method may be called outside torch.
     torch.nn.Module.cuda = lambda self, device=None: self
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
-    torch.Tensor.record_stream = nothing
+    torch.Tensor.record_stream = always(None)
 
 
 def _keep_generator_from_data_loaders() -> None:
@@ -228,6 +225,15 @@ def _patch_gloo() -> None:
     dist.all_gather, dist.reduce_scatter = all_gather, reduce_scatter
 
 
+def _uncompile(owner) -> None:
+    """Put back the functions that a module of Megatron's, or a class in it, has given to torch.compile."""
+    for name, value in list(vars(owner).items()):
+        if isinstance(value, type) and value.__module__ == getattr(owner, "__name__", None):
+            _uncompile(value)
+        elif callable(value) and hasattr(value, "_torchdynamo_orig_callable"):
+            setattr(owner, name, value._torchdynamo_orig_callable)
+
+
 def _patch_megatron() -> None:
     """The few places where Megatron itself must know that there is no GPU."""
     import megatron.training as package
@@ -236,7 +242,10 @@ def _patch_megatron() -> None:
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
     from megatron.training import initialize, training
 
+    # mcore decorates small functions with torch.compile; on CPU that costs minutes of C++ compilation for nothing.
     jit.disable_jit_fuser()
+    for module in [module for name, module in sys.modules.items() if name.startswith("megatron.")]:
+        _uncompile(module)
 
     # Its own assertion: "Megatron requires CUDA".
     start = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)

@@ -1,4 +1,4 @@
-"""What training says beside Megatron's own log: tokens/s, the true FLOP/s, and what MoM's routers did."""
+"""What training says of a step beside Megatron's own figures: tokens/s, the true FLOP/s, and what MoM's routers did."""
 
 import functools
 
@@ -7,7 +7,9 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.training import get_args, get_tensorboard_writer, get_timers, get_wandb_writer, training
 from megatron.training.utils import print_rank_last
 
+from linear_moe.mcore.brief import progress
 from linear_moe.mcore.flops import training_flops
+from linear_moe.mcore.quiet import megatron
 from linear_moe.mcore.telemetry import telemetry
 
 
@@ -28,19 +30,30 @@ def install_telemetry() -> None:
         if args.mom_memories and (written or tokens_per_second is not None):  # alike on all ranks: they reduce together
             figures |= _memory_figures(args)
         _write(figures, iteration)
-        if tokens_per_second is not None:
-            text = f" tokens/s: {tokens_per_second:.0f} |"
-            if args.log_throughput and not (args.sft or args.dataloader_inter_document_masking):
-                flops = training_flops(args, 1) / args.seq_length * tokens_per_second
-                text += f" TFLOP/s of all processes: {flops / 1e12:.4g} |"
-            if "mom/balance_loss" in figures:
-                text += f" MoM balance loss: {figures['mom/balance_loss']:.3f} |"
-                text += f" router entropy: {figures['mom/router_entropy']:.3f} |"
-                text += f" dead memories: {figures['mom/dead_memories']:.0f} |"
+        text = _figures_text(args, figures)
+        if megatron.progress:  # only where Megatron's line would have been printed
+            print(progress(megatron.progress, iteration, args.train_iters, text), flush=True)
+            megatron.progress = None
+        elif text:
             print_rank_last(text)
         return result
 
     training.training_log = training_log
+
+
+def _figures_text(args, figures: dict[str, float]) -> str:
+    tokens_per_second = figures.get("tokens-per-second")
+    if tokens_per_second is None:
+        return ""
+    text = f" tokens/s: {tokens_per_second:.0f} |"
+    if args.log_throughput and not (args.sft or args.dataloader_inter_document_masking):
+        flops = training_flops(args, 1) / args.seq_length * tokens_per_second
+        text += f" TFLOP/s of all processes: {flops / 1e12:.4g} |"
+    if "mom/balance_loss" in figures:
+        text += f" MoM balance loss: {figures['mom/balance_loss']:.3f} |"
+        text += f" router entropy: {figures['mom/router_entropy']:.3f} |"
+        text += f" dead memories: {figures['mom/dead_memories']:.0f} |"
+    return text
 
 
 def _tokens_per_second(args, total_loss_dict) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import sys
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
@@ -91,6 +93,7 @@ def build_model(config: str | Path | Mapping[str, object], **overrides: object) 
 def make_model(config: str | Path | Mapping[str, object], **overrides: object) -> torch.nn.Module:
     """What ``build_model`` returns, wherever Megatron makes it: on the CPU with --use-cpu-initialization."""
     enable_cpu()
+    _allow_copies()
     merged = dict(read_config(config)) if isinstance(config, (str, Path)) else dict(config)
     name = str(config) if isinstance(config, (str, Path)) else "build_model"
     merged = {str(key).replace("_", "-"): value for key, value in merged.items()}
@@ -115,6 +118,20 @@ def make_model(config: str | Path | Mapping[str, object], **overrides: object) -
     for hook in config.pre_wrap_hooks:
         hook([model])
     return model
+
+
+def _allow_copies() -> None:
+    """Let copy.deepcopy copy a model, which fails on two things that modules keep."""
+    torch.distributed.ProcessGroup.__deepcopy__ = lambda self, memo: self  # both talk to the same ranks
+
+    def without_last_batch(dispatcher, memo: dict):
+        twin = memo[id(dispatcher)] = copy.copy(dispatcher)
+        for name, value in vars(dispatcher).items():
+            of_a_graph = isinstance(value, torch.Tensor) and not value.is_leaf
+            setattr(twin, name, None if of_a_graph else copy.deepcopy(value, memo))
+        return twin
+
+    MoETokenDispatcher.__deepcopy__ = without_last_batch
 
 
 def _parse(argv: list[str]):

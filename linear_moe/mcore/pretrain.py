@@ -31,11 +31,15 @@ from megatron.training.utils import (
     is_first_or_last_pipeline_stage,
 )
 
+from linear_moe.mcore import quiet
 from linear_moe.mcore.arguments import add_arguments, expand_argv, set_argv
+from linear_moe.mcore.brief import describe
 from linear_moe.mcore.checkpoint import check_checkpoint
 from linear_moe.mcore.checks import check_arguments
 from linear_moe.mcore.cpu import enable_cpu
+from linear_moe.mcore.damage import patch_errors
 from linear_moe.mcore.data_checks import check_data, data_sources
+from linear_moe.mcore.folder import check_folder, hold_folder, release_folder
 from linear_moe.mcore.logs import install_telemetry
 from linear_moe.mcore.model import model_config
 from linear_moe.mcore.vocabulary import check_vocabulary, padded_size
@@ -62,6 +66,7 @@ def prepare(argv: list[str]):
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it under tensor parallelism
     set_argv(expand_argv(argv))
     early = parse_args(add_arguments)
+    quiet.megatron.listen(early.verbose)
     check_arguments(early)
     check_data(early)
     if early.tokenizer_type in (None, "HuggingFaceTokenizer") and find_spec("transformers") is None:
@@ -76,6 +81,7 @@ def prepare(argv: list[str]):
     check_checkpoint(args)
     if args.rank == 0 and not (args.mock_data or args.sft):  # it may read a whole file
         check_vocabulary(args, [prefix for source in data_sources(args).values() for prefix in source.prefixes])
+    check_folder(args)
     args.create_attention_mask_in_dataloader &= args.reset_attention_mask  # else it says no more than the causal order
     return args
 
@@ -85,16 +91,24 @@ def train(args, provider=None, step=None) -> None:
 
     provider, step: other data sets or another forward step than `datasets_provider` and `forward_step`, which take the
     same arguments.
+
+    Raises:
+        Refused: a --save folder that another run holds, a damaged checkpoint or a full disk, with the remedy.
     """
     install_telemetry()
+    patch_errors()
+    if args.rank == 0 and not args.verbose:
+        print("\n".join(describe(args)), flush=True)
     provider = provider or datasets_provider
     provider.is_distributed = True
-    pretrain(
-        pretrain_cfg_container_from_args(args, model_config(args)),
-        provider,
-        ModelType.encoder_or_decoder,
-        step or forward_step,
-    )
+    config = model_config(args)
+    config.pre_wrap_hooks.append(lambda chunks: hold_folder(args) or chunks)  # the first place where ranks can talk
+    try:
+        pretrain(
+            pretrain_cfg_container_from_args(args, config), provider, ModelType.encoder_or_decoder, step or forward_step
+        )
+    finally:
+        release_folder()
 
 
 # --- data -----------------------------------------------------------------------------------------------------------

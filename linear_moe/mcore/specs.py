@@ -98,13 +98,17 @@ def expand_pattern(pattern: str, num_layers: int, linear: Iterable[str] = "L") -
         linear: the letters of linear layers.
 
     Raises:
-        ValueError: an unknown letter, or a depth that the pattern's length does not divide.
+        ValueError: no letter or an unknown one, or a depth that the pattern's length does not divide.
     """
     letters = dict.fromkeys(linear, "linear mixer") | {SOFTMAX: "softmax attention"}
+    allowed = ", ".join(f"{letter} ({meaning})" for letter, meaning in letters.items())
+    if not pattern:
+        raise ValueError(f"layer_pattern is empty; it must have a letter a layer: {allowed}")
     unknown = sorted(set(pattern) - set(letters))
-    if unknown or not pattern:
-        allowed = ", ".join(f"{letter} ({meaning})" for letter, meaning in letters.items())
+    if unknown:
         raise ValueError(f"layer_pattern {pattern!r} has unknown letters {unknown}; allowed: {allowed}")
+    if num_layers < 1:
+        raise ValueError(f"num_layers must be at least 1, but is {num_layers}")
     if num_layers % len(pattern):
         raise ValueError(
             f"num_layers ({num_layers}) must be a multiple of the length of layer_pattern {pattern!r} ({len(pattern)})"

@@ -13,6 +13,14 @@ class _Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers = {}
 
+    def construct_mapping(self, node, deep=False):
+        """Refuses a key that stands there twice, of which PyYAML takes the last."""
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
 
 for _kind, _words, _first in (
     ("bool", r"true|True|false|False", "tTfF"),
@@ -34,4 +42,13 @@ def parse_yaml(content: str | bytes, named: str) -> object:
     try:
         return yaml.load(content, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # also: too many digits, brackets too deep
-        raise ValueError(f"{named} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{named} is not valid YAML: {_said(error)}") from None
+
+
+def _said(error: Exception) -> str:
+    """In one line, without the name that PyYAML gives to a text."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return " ".join(str(error).replace('in "<byte string>", position', "at byte").split())
+    mark = error.problem_mark
+    said = ", ".join(text for text in (error.context, error.problem) if text)
+    return f"{said}, in column {mark.column + 1} of line {mark.line + 1}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -35,8 +36,8 @@ class MoMConfig:
         if not 1 <= self.topk <= self.memories:
             raise ValueError(f"mom_topk ({self.topk}) must be between 1 and mom_memories ({self.memories})")
         for name in ("balance_coeff", "z_loss_coeff"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"mom_{name} must not be negative, but is {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"mom_{name} must be a number and not negative, but is {getattr(self, name)}")
 
     @property
     def projections(self) -> int:

@@ -8,6 +8,7 @@ Mixture-of-Memories come for free. Inside ``recur`` and ``output`` every tensor 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, get_type_hints
@@ -102,6 +103,8 @@ class Mixer:
             for name in ("num_heads", "num_value_heads", "head_dim", "value_head_dim"):
                 if getattr(self, name) < 1:
                     raise ValueError(f"mixer option {name} must be at least 1, but is {getattr(self, name)}")
+            if not 0 < self.norm_eps < math.inf:
+                raise ValueError(f"mixer option norm_eps must be a number above 0, but is {self.norm_eps}")
             if self.conv_size < 0 or self.conv_size == 1:
                 raise ValueError(f"mixer option conv_size must be 0 (none) or at least 2, but is {self.conv_size}")
             if self.num_value_heads % self.num_heads:
@@ -139,7 +142,7 @@ class Mixer:
         for name, value in options.items():
             if name not in allowed:
                 near = difflib.get_close_matches(name, allowed, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                hint = f"; did you mean {near[0]!r}?" if near else "."
                 raise ValueError(f"unknown mixer option {name!r}{hint} {cls.__name__} has: {', '.join(allowed)}")
             expected = (int, float) if types[name] is float else types[name]
             if not isinstance(value, expected) or (isinstance(value, bool) and types[name] is not bool):

@@ -35,12 +35,14 @@ def mixer_class(name: str) -> type[Mixer]:
     """
     target = MIXERS.get(name, name)
     if ":" not in target:
-        near = difflib.get_close_matches(name, MIXERS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        near = difflib.get_close_matches(name.lower(), MIXERS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(
             f"unknown mixer {name!r}{hint} Allowed: {', '.join(MIXERS)}, or package.module:Class for your own"
         )
     module, _, attribute = target.partition(":")
+    if not attribute or not module or module.startswith("."):
+        raise ValueError(f"mixer {name!r} must be written as package.module:Class")
     try:
         found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:

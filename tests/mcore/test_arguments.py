@@ -75,7 +75,14 @@ def test_bad_configuration_files(tmp_path):
         expand_argv(["--config", str(tmp_path / "nowhere.yaml")])
     path = tmp_path / "list.yaml"
     path.write_text("- 1\n- 2\n")
-    with pytest.raises(ValueError, match="must map argument names to values, but is a list"):
+    with pytest.raises(ValueError, match=r"must map argument names to values, but is a list \(write num-layers: 4\)"):
+        expand_argv(["--config", str(path)])
+    with pytest.raises(ValueError, match=f"configuration {tmp_path} is not a file"):
+        expand_argv(["--config", str(tmp_path)])
+    with pytest.raises(ValueError, match=r"give --config once, not 2 times \(a.yaml, b.yaml\)"):
+        expand_argv(["--config", "a.yaml", "--config", "b.yaml"])
+    path.write_text("# nothing\n")
+    with pytest.raises(ValueError, match=r"list\.yaml is empty; it must map argument names"):
         expand_argv(["--config", str(path)])
     with pytest.raises(ValueError, match=f"configuration {tmp_path} is not a file, and linear_moe/configs has no such"):
         expand_argv(["--config", str(tmp_path)])
@@ -115,6 +122,23 @@ def test_yaml_that_cannot_be_read_is_one_line(tmp_path, content):
     with pytest.raises(ValueError, match=rf"^configuration {path} is not valid YAML: .+") as error:
         read_config(path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: b: c\n", "mapping values are not allowed here, in column 5 of line 1"),
+        ("a: 1\nb: @x\n", "found character '@' that cannot start any token, in column 4 of line 2"),
+        ("a: \x07\n", "special characters are not allowed at byte 3"),
+        ("lr: 1\nmin-lr: 2\nlr: 3\n", "key 'lr' is there twice, in column 1 of line 1"),
+    ],
+)
+def test_yaml_errors_say_where(tmp_path, text, message):
+    path = tmp_path / "model.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        read_config(path)
+    assert "byte string" not in str(error.value) and "^" not in str(error.value)
 
 
 def test_base_configurations(tmp_path):
@@ -221,6 +245,12 @@ def test_mixer_args_must_be_json(capsys, text):
     assert 'write it as {"head_dim": 64}' in capsys.readouterr().err
 
 
+def test_json_errors_say_where(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--mixer-args", '{"mode": "a\nb"}'])
+    assert "not JSON (Invalid control character, in column 12 of line 1); write it as" in capsys.readouterr().err
+
+
 def test_patterns():
     assert expand_pattern("LLLN", 8) == "LLLNLLLN"
     assert expand_pattern("NLL", 3) == "NLL"
@@ -241,6 +271,18 @@ RESIDUAL = '--mixer rwkv7 --mixer-args {"value_residual":true}'
     ("flags", "message"),
     [
         ("--mixer glaa", "unknown mixer 'glaa'; did you mean 'gla'"),
+        ("--mixer GLA", r"unknown mixer 'GLA'; did you mean 'gla'\? Allowed: linear_attention, "),
+        ("--mixer xyz", r"unknown mixer 'xyz'\. Allowed: linear_attention, "),
+        *((f"--mixer {name}", "must be written as package.module:Class") for name in (":", ".x:y", ":Toy", "toy:")),
+        ('--mixer-args {"nothing":1}', r"unknown mixer option 'nothing'\. GatedDeltaNet has: num_heads, "),
+        ('--mixer-args {"norm_eps":-1}', "norm_eps must be a number above 0, but is -1"),
+        ('--mixer-args {"norm_eps":NaN}', "norm_eps must be a number above 0, but is nan"),
+        ("--layer-pattern=", r"layer_pattern is empty; it must have a letter a layer: L \(linear mixer\), N"),
+        ("--num-layers 0", "num_layers must be at least 1, but is 0"),
+        ("--hidden-size -1", "hidden_size must be at least 1, but is -1"),
+        ("--mom-memories -1", r"mom_memories must be 0 \(no MoM\) or the number of memories, but is -1"),
+        ("--mom-memories 2 --mom-balance-coeff nan", "mom_balance_coeff must be a number and not negative, but is nan"),
+        ("--mom-memories 2 --mom-z-loss-coeff inf", "mom_z_loss_coeff must be a number and not negative, but is inf"),
         ("--mom-memories 2 --mom-topk 3", r"mom_topk \(3\) must be between 1 and mom_memories \(2\)"),
         (
             "--tensor-model-parallel-size 3",
@@ -316,6 +358,20 @@ def test_what_does_not_fit_is_refused(flags, message):
     argv = config_argv(MODEL) + flags.split()
     with pytest.raises(ValueError, match=message):
         check_arguments(parse(argv))
+
+
+def test_a_model_without_a_size_is_refused():
+    with pytest.raises(ValueError, match=r"give --config NAME .*, or --num-layers, --hidden-size, --num-attention"):
+        check_arguments(parse([]))
+
+
+def test_help_lists_all_flags(capsys):
+    """One of Megatron's help texts has a %, on which argparse fails."""
+    with pytest.raises(SystemExit) as end:
+        parse(["--help"])
+    said = capsys.readouterr().out
+    assert end.value.code == 0 and "10%)." in said
+    assert all(flag in said for flag in ("--mom-memories", "--mixer-args", "--tensor-model-parallel-size"))
 
 
 def test_what_fits_passes():

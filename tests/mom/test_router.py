@@ -88,7 +88,7 @@ def test_empty_batch():
         ({"memories": 0}, "mom_memories must be at least 1, but is 0"),
         ({"memories": 2, "topk": 3}, r"mom_topk \(3\) must be between 1 and mom_memories \(2\)"),
         ({"memories": 2, "topk": 0}, r"mom_topk \(0\)"),
-        ({"memories": 2, "balance_coeff": -1.0}, "mom_balance_coeff must not be negative, but is -1.0"),
+        ({"memories": 2, "balance_coeff": -1.0}, "mom_balance_coeff must be a number and not negative, but is -1.0"),
     ],
 )
 def test_bad_options(options, message):

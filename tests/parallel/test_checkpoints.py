@@ -195,6 +195,18 @@ def test_incomplete_checkpoint_is_refused(saved, tmp_path):
     checkpoint.check_checkpoint(args)
 
 
-def test_nothing_to_load_is_fine(tmp_path):
-    checkpoint.check_checkpoint(argparse.Namespace(load=str(tmp_path)))
-    checkpoint.check_checkpoint(argparse.Namespace(load=None))
+def test_random_weights_are_for_the_start_of_training(tmp_path):
+    def check(load, save, skip_train=False):
+        args = argparse.Namespace(load=load, save=save, skip_train=skip_train, pretrained_checkpoint=None)
+        checkpoint.check_checkpoint(args)
+
+    folder = str(tmp_path)
+    check(None, None)
+    check(None, folder)
+    check(folder, f"{folder}/")
+    with pytest.raises(ValueError, match=rf"--load {folder} has no checkpoint .*or give the folder of --save"):
+        check(folder, None)
+    with pytest.raises(ValueError, match=rf"--skip-train evaluates a checkpoint, but {folder} has no checkpoint"):
+        check(folder, folder, skip_train=True)
+    with pytest.raises(ValueError, match="--skip-train evaluates a checkpoint, but no --load"):
+        check(None, None, skip_train=True)
