@@ -49,6 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="keep the short convolutions' inputs only, and make the rule's operands again in the backward",
     )
     group.add_argument(
+        "--mixer-init-gain",
+        type=float,
+        help="matrices of linear layers (projections, MoM's router) start uniform with Xavier's bound times this gain, "
+        "as in MoM's own code (2^-2.5 = 0.1768); else as Megatron's do",
+    )
+    group.add_argument(
         "--layer-pattern",
         default="L",
         help="one letter a layer, L (linear mixer) or N (softmax attention), repeated to --num-layers, such as LLLN; "
@@ -138,7 +144,7 @@ def layer_options(args) -> LayerOptions:
             balance_coeff=args.mom_balance_coeff,
             z_loss_coeff=args.mom_z_loss_coeff,
         )
-    return LayerOptions(pattern, mixers, mom, args.mixer_recompute)
+    return LayerOptions(pattern, mixers, mom, args.mixer_recompute, args.mixer_init_gain)
 
 
 def config_argv(config: Mapping[str, object], source: str = "config") -> list[str]:

@@ -8,6 +8,7 @@ global name: layers count from the model's start, experts from the layer's first
 
 import functools
 import hashlib
+import math
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
@@ -15,6 +16,15 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 # As mcore does: what writes into the residual stream starts smaller with depth.
 RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight", "out_proj.weight")
+
+
+def xavier(tensor: torch.Tensor, gain: float, fans: int | None = None) -> None:
+    """Fill matrices ``[..., out, in]`` uniformly within ``gain * sqrt(6 / (out + in))``, each by itself.
+
+    fans: out + in of the whole matrix, where the tensor is only this rank's part of it.
+    """
+    bound = gain * math.sqrt(6 / (sum(tensor.shape[-2:]) if fans is None else fans))
+    torch.nn.init.uniform_(tensor, -bound, bound)
 
 
 @torch.no_grad()

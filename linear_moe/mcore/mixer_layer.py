@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from megatron.core import num_microbatches_calculator
@@ -24,6 +25,7 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor
 
+from linear_moe.mcore.init import xavier
 from linear_moe.mcore.masks import packed_cu_seqlens, padding_tokens, require_causal
 from linear_moe.mcore.telemetry import telemetry
 from linear_moe.mom import MoMConfig, Router, make_routes
@@ -49,6 +51,7 @@ class MixerLayer(MegatronModule):
         config, submodules, layer_number (from 1), pg_collection: as Megatron gives them to self-attention.
         mixer: the mixer's class. mixer_config: its options. depth, num_mixers: see Mixer's ``layer``, ``num_layers``.
         mom: Mixture-of-Memories, or None. first_values, recompute: see MixerCore.
+        init_gain: gain of the matrices' Xavier-uniform initial values; None for Megatron's init methods.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class MixerLayer(MegatronModule):
         mom: MoMConfig | None,
         first_values: dict[str, Tensor] | None = None,
         recompute: bool = False,
+        init_gain: float | None = None,
         pg_collection=None,
         name: str | None = None,
         **kwargs,
@@ -92,10 +96,15 @@ class MixerLayer(MegatronModule):
         if mom:
             self.router = Router(config.hidden_size, mom.memories, mom.topk, **factory)
             telemetry.sums.pop(layer_number, None)  # figures of an earlier model in this process
+        init_method, output_init_method = config.init_method, config.output_layer_init_method
+        if init_gain is not None:
+            init_method = partial(xavier, gain=init_gain)
+            width = mixer_config.num_value_heads * mixer_config.value_head_dim
+            output_init_method = partial(xavier, gain=init_gain, fans=width + config.hidden_size)
         if config.perform_initialization:
-            self.core.initialize(config.init_method)
+            self.core.initialize(init_method)
             if mom:
-                config.init_method(self.router.weight)
+                init_method(self.router.weight)
         sharded = self.core.sharded_axes()
         for key, parameter in self.core.named_parameters():
             if key in sharded:
@@ -105,7 +114,7 @@ class MixerLayer(MegatronModule):
             mixer_config.num_value_heads * mixer_config.value_head_dim,
             config.hidden_size,
             config=config,
-            init_method=config.output_layer_init_method,
+            init_method=output_init_method,
             bias=config.add_bias_linear,
             input_is_parallel=True,
             skip_bias_add=True,
@@ -114,6 +123,11 @@ class MixerLayer(MegatronModule):
             tp_group=self.tp_group,
             name=f"{name}.linear_proj" if name else None,
         )
+        if init_gain is not None:  # `init.reinitialize` goes by parameter
+            self.core.set_initializer(init_method)
+            self.linear_proj.weight.initializer = output_init_method
+            if mom:
+                self.router.weight.initializer = init_method
 
     def _replicated(self, parameter: Tensor) -> Tensor:
         """The parameter; its gradient is summed over the tensor-parallel ranks, each of which adds its heads' part."""

@@ -45,13 +45,21 @@ class LayerOptions:
     Args:
         pattern: one letter a layer that mixes the sequence; a mixer's depth is its place in it.
         mixers: letter -> the mixer of its layers; all but N.
-        mom: Mixture-of-Memories in the linear layers, or None. recompute: see MixerCore.
+        mom: Mixture-of-Memories in the linear layers, or None. recompute: see MixerCore. init_gain: see MixerLayer.
+
+    Raises:
+        ValueError: an init_gain that is not positive.
     """
 
     pattern: str
     mixers: Mapping[str, MixerOptions]
     mom: MoMConfig | None
     recompute: bool = False
+    init_gain: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.init_gain is not None and not self.init_gain > 0:
+            raise ValueError(f"mixer_init_gain must be positive, but is {self.init_gain}")
 
     @property
     def linear(self) -> dict[str, MixerOptions]:
@@ -179,6 +187,7 @@ def _with_mixer(
             "mom": options.mom,
             "first_values": first_values,
             "recompute": options.recompute,
+            "init_gain": options.init_gain,
         },
         submodules=MixerLayerSubmodules(linear_proj=linear_proj),
     )

@@ -204,7 +204,7 @@ class MixerCore(nn.Module):
                 cut.append(self._cut(full, fused.axis))
             fused.weight.copy_(torch.cat(cut, fused.axis))
             if fused.ranks:
-                init_method(fused.down)
+                _fill_parts(fused.down, [*fused.ranks.values()], fused.axis, init_method)
                 for name in fused.ranks:
                     up = getattr(fused, f"up_{name}")
                     full = torch.empty(*lead, up.shape[-2] * self.shards, up.shape[-1], **like)
@@ -216,6 +216,19 @@ class MixerCore(nn.Module):
             parameter.copy_(self._cut(full))
         for parameter in self.shared.parameters():
             parameter.initializer(parameter)
+
+    def set_initializer(self, init_method: Callable[[Tensor], object]) -> None:
+        """Give the projections' matrices the attribute ``initializer``: init_method fills one projection at a time (in
+        all of its copies: ``[(copies,) width, D]``)."""
+        for fused in (self.tokens, self.rows):
+            if fused is None:
+                continue
+            fused.weight.initializer = init_method  # called for each section
+            for name in fused.ranks:
+                getattr(fused, f"up_{name}").initializer = init_method
+            if fused.ranks:
+                parts = {"sizes": [*fused.ranks.values()], "axis": fused.axis, "init_method": init_method}
+                fused.down.initializer = partial(_fill_parts, **parts)
 
     def sharded_axes(self) -> dict[str, int]:
         """Parameter name -> the axis that is cut over the shards; every other parameter is replicated."""
@@ -298,6 +311,11 @@ class MixerCore(nn.Module):
         elif routes is not None:
             x = gather(x.flatten(0, 1), routes).unsqueeze(0)
         return x.unflatten(-1, (-1, spec.width))
+
+
+def _fill_parts(tensor: Tensor, sizes: list[int], axis: int, init_method: Callable[[Tensor], object]) -> None:
+    for part in tensor.split(sizes, axis):
+        init_method(part)
 
 
 def _fill(make: Callable[[], Tensor], tensor: Tensor) -> None:

@@ -1,5 +1,6 @@
 """The model that the arguments describe: its layers, gradients, cost, and mixers from outside."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import linear_moe
 from linear_moe.mcore.attention import TorchAttention
 from linear_moe.mcore.configs import CONFIGS, read_config
 from linear_moe.mcore.flops import training_flops
+from linear_moe.mcore.init import xavier
 from linear_moe.mcore.mixer_layer import MixerLayer
 from linear_moe.mcore.specs import moe_layers
 from linear_moe.mcore.telemetry import telemetry
@@ -64,6 +66,32 @@ def test_shared_parameters_start_as_their_mixer_says(mixer, options, seed):
             assert 0.9 < found.std() / said.std() < 1.1, name
         else:
             assert found.equal(said), name
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["by-name", "in-place"])
+@pytest.mark.parametrize("mixer", ["gated_deltanet", "rwkv6"])  # rwkv6 has low-rank projections
+def test_init_gain_is_xaviers_for_each_projection(mixer, in_place, seed):
+    """Uniform within gain sqrt(6 / (out + in)) of the projection itself, not of the tensor that it is fused into."""
+    options = {"mixer": mixer, "mom_memories": 3, "mixer_init_gain": 0.3, "layer_pattern": "L"}
+    layer = linear_moe.build_model(TINY, seed=seed, **options).decoder.layers[1].self_attention
+    if in_place:  # without --use-cpu-initialization
+        layer.core.initialize(partial(xavier, gain=0.3))
+    matrices = [layer.router.weight, layer.linear_proj.weight]
+    for fused in (layer.core.tokens, layer.core.rows):
+        matrices += fused.weight.split([*fused.local.values()], -2)
+        if fused.ranks:
+            matrices += fused.down.split([*fused.ranks.values()], -2)
+            matrices += [getattr(fused, f"up_{name}") for name in fused.ranks]
+    for matrix in matrices:
+        bound = 0.3 * (6 / sum(matrix.shape[-2:])) ** 0.5
+        for copy in matrix.detach().reshape(-1, *matrix.shape[-2:]):
+            assert 0.95 * bound < copy.abs().max() <= bound
+            assert copy.std() == pytest.approx(bound / 3**0.5, rel=0.15)
+
+
+def test_refuses_init_gain():
+    with pytest.raises(ValueError, match=r"mixer_init_gain must be positive, but is 0\.0"):
+        linear_moe.build_model(TINY, mixer_init_gain=0.0)
 
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
