@@ -144,7 +144,7 @@ def write_corpus(folder):
 HOW = {  # how a block begins -> how it is run
     "make demo": make,
     "1. Corpus:": shown,
-    "pip install": Shell({"^usage: linear-moe": 1, "^llama3/340m_mom ": 1, LOSS: 3, "^layout: 2 processes on CPU, ": 1}),
+    "pip install": Shell({"^usage: linear-moe": 1, "^llama3/340m_mom ": 1, LOSS: 3, "^layout: 2 processes on CPU": 1}),
     "linear-moe preprocess": Shell(
         {r"^data/train\.bin: \d+ documents": 1, LOSS: 3}, write_corpus, {"--train-bpe 32000": "--train-bpe 400"}, SAVED
     ),
