@@ -14,6 +14,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.arguments import parse_args, validate_args
@@ -117,6 +118,8 @@ def make_model(config: str | Path | Mapping[str, object], **overrides: object) -
     model = GPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
     for hook in config.pre_wrap_hooks:
         hook([model])
+    # Megatron adds the figures of all models' experts up in one table, as deep as the first; nobody reads it here.
+    model.register_forward_pre_hook(lambda *_: destroy_moe_metrics_tracker())
     return model
 
 

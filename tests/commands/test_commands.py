@@ -64,7 +64,9 @@ def test_configurations_are_listed_with_what_they_are(capsys, monkeypatch):
     where, _, *lines = capsys.readouterr().out.splitlines()
     named = dict(line.split(maxsplit=1) for line in lines if not line.startswith(" "))
     assert str(CONFIGS) in where and list(named) == list(packaged())
-    assert named["llama3/340m_mom"] == "The hybrid of arXiv 2502.13685: MoM-340M with three softmax layers of 24"
+    assert named["llama3/340m_mom"] == (
+        'The hybrid of arXiv 2502.13685 (its "MoM Hybrid"): MoM-340M with three softmax layers of 24'
+    )
     assert not any("#" in line for line in lines), "each file begins with a comment that says what it is"
 
 

@@ -45,6 +45,14 @@ def test_pattern_of_feed_forwards(seed):
     assert [hasattr(layer.mlp, "experts") for layer in model.decoder.layers] == [False, True, True, False]
 
 
+def test_models_of_different_depth_run_side_by_side():
+    """Megatron's table of the experts' figures is as deep as the first model that fills it."""
+    models = [linear_moe.build_model(TINY, num_layers=depth, layer_pattern="L") for depth in (1, 3)]
+    tokens, positions = batch(16)
+    for model in (*models, *models):
+        assert model(tokens, positions, None, labels=tokens).isfinite().all()
+
+
 def test_same_seed_same_model():
     first, second, other = (linear_moe.build_model(TINY, seed=s).state_dict() for s in (1, 1, 2))
     names = [name for name, value in first.items() if isinstance(value, torch.Tensor)]
