@@ -75,9 +75,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     group.add_argument("--mom-single-kv", action="store_true", help="one set of write projections for all memories")
     group.add_argument(
-        "--mom-balance-coeff", type=float, default=1e-2, help="weight of the balance loss, which is 1 when balanced"
+        "--mom-balance-coeff",
+        type=float,
+        default=MoMConfig.balance_coeff,
+        help="weight of each layer's balance loss, which is 1 when balanced",
     )
-    group.add_argument("--mom-z-loss-coeff", type=float, default=0.0, help="weight of the router z-loss")
+    group.add_argument(
+        "--mom-z-loss-coeff", type=float, default=MoMConfig.z_loss_coeff, help="weight of the router z-loss"
+    )
     group.add_argument("--verbose", action="store_true", help="print all that Megatron prints, not only what matters")
     parser.set_defaults(**(_local_defaults() | cpu_defaults() | CHECKPOINT_DEFAULTS))
     return parser

@@ -20,14 +20,15 @@ class MoMConfig:
         memories: M. topk: k, memories that a token is routed to; with 1 the weight is always 1, and the router learns
             from its own losses alone. shared: one more memory that sees every token.
         single_kv: the memories share one set of write projections.
-        balance_coeff: weight of the balance loss (1 when balanced). z_loss_coeff: weight of the router z-loss.
+        balance_coeff: weight of the balance loss (1 when balanced), of each layer; the paper's is 0.01 k / layers.
+        z_loss_coeff: weight of the router z-loss.
     """
 
     memories: int
     topk: int = 2
     shared: bool = True
     single_kv: bool = False
-    balance_coeff: float = 1e-2
+    balance_coeff: float = 8e-4
     z_loss_coeff: float = 0.0
 
     def __post_init__(self) -> None:

@@ -100,6 +100,7 @@ def test_another_architecture_is_refused(saved):
     with pytest.raises(ValueError, match="mixer_args"):
         checkpoint.check_checkpoint(arguments(saved, mixer_args={"conv_size": 3}))
     checkpoint.check_checkpoint(arguments(saved, mixer_args={"conv_size": 4}))  # the default, written out
+    checkpoint.check_checkpoint(arguments(saved, mixer_args={"even_decays": False}))  # only how weights start
 
 
 def test_another_padding_of_the_vocabulary_is_refused(saved):

@@ -257,6 +257,22 @@ def dpfp(x, nu):
     return torch.stack([r[..., i] * r[..., (i - shift) % n] for shift in range(1, nu + 1) for i in range(n)], -1)
 
 
+def test_gated_deltanet_starts_with_even_decays(seed):
+    """Of 3 heads at 0.001 * 100^(1/6), ^(3/6), ^(5/6) a token; or at random ones."""
+
+    def decays(**options):
+        mixer = mixer_class("gated_deltanet")
+        parameters = mixer(
+            mixer.make_config(32, 3, {"head_dim": 8, "value_head_dim": 8} | options)
+        ).parameters_per_head()
+        A_log, dt_bias = (parameters[name].init(3) for name in ("A_log", "dt_bias"))
+        return A_log.exp() * torch.nn.functional.softplus(dt_bias)
+
+    assert decays() == pytest.approx([0.001 * 100 ** (i / 6) for i in (1, 3, 5)], rel=1e-4)
+    drawn = torch.stack([decays(even_decays=False) for _ in range(200)])
+    assert drawn.min() >= 0.001 and drawn.max() <= 1.6 and drawn.max() > 0.5 and len(drawn.unique()) == 600
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("feature_map", ["relu", "dpfp", "hedgehog", "t2r"])
 def test_feature_maps(feature_map, normalize, seed):
