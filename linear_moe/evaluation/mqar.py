@@ -1,4 +1,4 @@
-"""A sweep of recall runs (`tools/evaluate.py mqar`): models x state sizes x learning rates x seeds, a process each."""
+"""Recall runs (`linear-moe evaluate mqar`): models x state sizes x learning rates x seeds, a process each."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ def parse_model(word: str) -> tuple[str, dict[str, object]]:
     match = re.fullmatch(r"(?:([^={}]+)=)?([^={}]+)(\{.*\})?", word, re.DOTALL)
     if not match:
         raise ValueError(
-            f"a model is [NAME=]MIXER, MIXER+mom, softmax or CONFIGURATION, then {{key: value}}, not {word!r}"
+            "a model is [NAME=]MIXER, MIXER+mom, MIXER+mom-single-kv, softmax or CONFIGURATION, then {key: value}, "
+            f"not {word!r}"
         )
     name, base, own = match[1] or match[2], match[2], parse_options(match[3] or "{}")
     if base.endswith((".yaml", ".yml")) or "/" in base or base in packaged():

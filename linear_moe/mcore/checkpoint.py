@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from linear_moe.mcore import optimizer_state
-from linear_moe.mcore.damage import TRACKER, damage, iteration, remedy, whole
+from linear_moe.mcore.damage import TRACKER, damage, iteration, loaded_folder, remedy, whole
 from linear_moe.mcore.writers import patch_writers
 
 # Defaults for `parser.set_defaults`: "dp_reshardable", Megatron's own, only reshards along DP.
@@ -38,18 +38,17 @@ WEIGHTS_ONLY = "load the weights only: --no-load-optim --no-load-rng to keep the
 
 
 def check_checkpoint(args) -> None:
-    """Raise ValueError if the checkpoint at `args.load` cannot be loaded under `args`, or if there is none, unless that
-    is where this run will save its first.
+    """Raise ValueError if the checkpoint at `args.load`, or `args.pretrained_checkpoint` while that is empty, cannot be
+    loaded under `args`, or if there is none, unless that is where this run will save its first.
 
     Call it after Megatron has parsed and validated its arguments, before `pretrain`. Mends a tracker file that an
     interrupted save has left empty.
     """
-    if args.pretrained_checkpoint is not None and (args.load is None or not _has_checkpoint(args.load)):
-        return
-    folder = args.load
-    if folder is None or not _has_checkpoint(folder):
+    folder = loaded_folder(args)
+    if folder is None:
         _check_start(args)
         return
+    finetune = args.finetune or folder != args.load  # as Megatron does with a pretrained checkpoint
     from megatron.core import dist_checkpointing
     from torch.distributed.checkpoint import CheckpointException
 
@@ -66,24 +65,23 @@ def check_checkpoint(args) -> None:
     saved = common.get("args")
     if saved is None:
         return
-    names = ARCHITECTURE if args.finetune else ARCHITECTURE + BEHAVIOUR
+    names = ARCHITECTURE if finetune else ARCHITECTURE + BEHAVIOUR
     differing = [name for name in names if _differ(saved, args, name)]
     if differing:
         lines = [f"  {n}: {_value(saved, n)!r} in the checkpoint, {_value(args, n)!r} now" for n in differing]
         raise ValueError("\n".join([f"the checkpoint {path} is of another architecture:", *lines]))
     _check_vocabulary(path, saved, args)
-    if not (args.finetune or args.no_load_optim or getattr(saved, "no_save_optim", False)):
+    if not (finetune or args.no_load_optim or getattr(saved, "no_save_optim", False)):
         _check_optimizer(path, saved, args, dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {})
         if not args.skip_train:
             _check_schedule(path, common.get("opt_param_scheduler") or {}, args)
 
 
-def _has_checkpoint(folder: str) -> bool:
-    return (Path(folder) / TRACKER).exists()
-
-
 def _check_start(args) -> None:
     """Random weights are for the start of a training run, and no others."""
+    if args.pretrained_checkpoint is not None:
+        given = args.pretrained_checkpoint
+        raise ValueError(f"--pretrained-checkpoint {given} has no checkpoint ({TRACKER} is missing)")
     if args.skip_train:
         given = f"{args.load} has no checkpoint" if args.load else "no --load"
         raise ValueError(f"--skip-train evaluates a checkpoint, but {given}: random weights are not worth evaluating")

@@ -58,13 +58,19 @@ def remedy(folder: Path, without: Path | None = None) -> str:
 
 def whole(folder: Path) -> Iterator[Path]:
     """A folder's checkpoints that are not damaged, the last written first."""
-    paths = [path for path in folder.glob("iter_*") if (path / "metadata.json").exists()]
+    paths = [path for path in folder.glob("iter_*") if path.name[5:].isdigit() and (path / "metadata.json").exists()]
     paths.sort(key=lambda path: (path / "metadata.json").stat().st_mtime, reverse=True)
     return (path for path in paths if damage(path) is None)
 
 
 def iteration(path: Path) -> int:
     return int(path.name.removeprefix("iter_"))
+
+
+def loaded_folder(args) -> str | None:
+    """The folder whose checkpoint Megatron will load, if there is one."""
+    given = [folder for folder in (args.load, args.pretrained_checkpoint) if folder]
+    return next((folder for folder in given if (Path(folder) / TRACKER).exists()), None)
 
 
 def _line(error: BaseException) -> str:
@@ -88,8 +94,9 @@ def patch_errors() -> None:
         try:
             return load(*rest, **kwargs)
         except CheckpointException as error:
-            args, folder = get_args(), Path(get_args().load)
-            path = folder / f"iter_{int(args.ckpt_step or (folder / TRACKER).read_text()):07d}"
+            folder = Path(loaded_folder(get_args()))
+            step = get_args().ckpt_step or (folder / TRACKER).read_text().strip()
+            path = folder / (f"iter_{int(step):07d}" if str(step).isdigit() else step)
             cause = _line(next(iter(error.failures.values()))[0])
             raise Refused(f"{path} is damaged: it cannot be read ({cause}); {remedy(folder, path)}") from error
 

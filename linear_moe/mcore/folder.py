@@ -23,13 +23,9 @@ def check_folder(args) -> None:
     """
     if not args.save or args.skip_train:
         return
-    folder = Path(args.save)
-    resumes = args.load is not None and Path(args.load).resolve() == folder.resolve()
-    if (folder / TRACKER).exists() and not resumes:
-        raise ValueError(
-            f"{folder} has checkpoints (iteration {(folder / TRACKER).read_text().strip()}), which this run would "
-            f"overwrite: --load {folder} goes on from the last; to start anew, give another --save or remove the folder"
-        )
+    folder, overwrites = Path(args.save), _overwrites(args)
+    if overwrites:
+        raise ValueError(overwrites)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -44,25 +40,44 @@ def hold_folder(args) -> None:
     A collective call: all ranks raise when rank 0 is refused.
 
     Raises:
-        Refused: another run holds the folder.
+        Refused: another run holds the folder, or has saved there since ``check_folder``.
     """
     if not args.save or args.skip_train:
         return
-    refusal = [_take(Path(args.save)) if torch.distributed.get_rank() == 0 else None]
+    refusal = [(_take(Path(args.save)) or _overwrites(args)) if torch.distributed.get_rank() == 0 else None]
     torch.distributed.broadcast_object_list(refusal, src=0)
     if refusal[0]:
         raise Refused(refusal[0])
 
 
+def _overwrites(args) -> str | None:
+    """What this run would do to checkpoints in its --save folder, if anything."""
+    folder = Path(args.save)
+    resumes = args.load is not None and Path(args.load).resolve() == folder.resolve()
+    if not (folder / TRACKER).exists() or (resumes and not args.finetune):
+        return None
+    hint = f"--load {folder} goes on from the last; to start anew, give another --save or remove the folder"
+    if resumes:
+        hint = "--finetune starts at iteration 0; give another --save, or leave it out to go on"
+    step = (folder / TRACKER).read_text().strip()
+    return f"{folder} has checkpoints (iteration {step}), which this run would overwrite: {hint}"
+
+
 def _take(folder: Path) -> str | None:
-    """Lock the folder; what is in the way, if anything.
+    """Lock the folder; what is in the way, if anything. Again by the same process, it does nothing.
 
     The kernel frees a lock of flock when the last copy of its descriptor is closed, at the latest by the death of the
     process: exec closes it (Python opens everything so), and a fork does below. On NFS the server keeps such locks for
-    all machines, unless it is mounted with nolock or local_lock: then two machines do not see each other's.
+    all machines, unless it is mounted with nolock or local_lock: then two machines do not see each other's; nor with
+    Lustre's localflock.
     """
     global _held
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    if _held is not None:
+        return None
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        return f"--save {folder}: its {LOCK} cannot be opened ({error.strerror}): remove it, or give another folder"
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

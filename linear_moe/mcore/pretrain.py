@@ -66,7 +66,7 @@ def prepare(argv: list[str]):
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it under tensor parallelism
     set_argv(expand_argv(argv))
     early = parse_args(add_arguments)
-    quiet.megatron.listen(early.verbose)
+    quiet.megatron.listen(early)
     check_arguments(early)
     check_data(early)
     if early.tokenizer_type in (None, "HuggingFaceTokenizer") and find_spec("transformers") is None:

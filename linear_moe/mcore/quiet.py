@@ -30,11 +30,17 @@ SAID = (
     ),
     (r"could not find the metadata file (.+)/", r" no checkpoint in \1 yet: starting with random weights"),
     (r"\[(exiting program .*?)\] datetime", r" \1"),
-    (r"^ validation.* loss at .*", r"\g<0>"),
+    (r"^ validation.* loss at .*|.*\benergy\b.*", r"\g<0>"),
+    (r"\(after \d+ iterations\) memory \(MB\) \| allocated: (?!0\.0).*", r" \g<0>"),  # of a GPU
 )
-MATTERS = re.compile(r"warning|error|could not|cannot|unable|fail|invalid|exit|abort|skipping|\bnan\b", re.IGNORECASE)
+MATTERS = re.compile(
+    r"warning|error|exception|traceback|could not|cannot|unable|fail|invalid|mismatch|out of memory|overflow"
+    r"|exit|abort|skipping|\bnan\b",
+    re.IGNORECASE,
+)
 IDLE = re.compile(
-    r"^  \w+ [. ]|one_logger|will not load any checkpoints|RerunStateMachine|Result validation|GPTModel IS DEPRECATED"
+    r"^  \w+ [. ]|one_logger|will not load any checkpoints|RerunStateMachine (initialized|mode)|Result validation"
+    "|GPTModel IS DEPRECATED"
     "|Setting args.overlap_p2p_comm|MCore's async save is deprecated|indexes because path_to_cache is None"
 )
 
@@ -51,15 +57,17 @@ def hush() -> None:
 
 class Megatron:
     """What Megatron prints and logs, while it trains. progress: its last line about an iteration, on the rank that
-    prints it; None when logs.py has taken it.
+    prints it; None when logs.py has taken it. asked: loggers of which all is shown, since a flag asks for them.
     """
 
     def __init__(self) -> None:
-        self.verbose, self.progress, self.handlers = False, None, set()
+        self.verbose, self.progress, self.handlers, self.asked = False, None, set(), ()
 
-    def listen(self, verbose: bool) -> None:
+    def listen(self, args) -> None:
         """Stand between Megatron and the terminal. Idempotent; call it once Megatron is imported."""
-        self.verbose = verbose
+        self.verbose = args.verbose or args.logging_level is not None
+        by_flag = {"megatron.core.timers": args.timing_log_level, "megatron.core.utils": args.log_straggler}
+        self.asked = tuple(name for name, flag in by_flag.items() if flag)
         for module in [module for name, module in sys.modules.items() if name.split(".")[0] == "megatron"]:
             module.print = self.print
         for handler in set(logging.getLogger().handlers) - self.handlers:
@@ -69,18 +77,20 @@ class Megatron:
 
     def print(self, *values: object, **options) -> None:
         """In place of Megatron's print."""
-        if self.verbose or options.get("file") is not None:
+        lines = " ".join(map(str, values)).splitlines()
+        whole = any(isinstance(value, BaseException) for value in values) or any(map(matters, lines))
+        if self.verbose or whole or options.get("file") is not None:
             print(*values, **options)
             return
-        for line in " ".join(map(str, values)).splitlines():
+        for line in lines:
             if re.search(SAID[0][0], line):
                 self.progress = line
             elif said := in_brief(line):
                 print(said, flush=True)
 
     def worth_logging(self, record: logging.LogRecord) -> bool:
-        ours = record.name.split(".")[0] in QUIET_LOGGERS
-        return self.verbose or not ours or (record.levelno >= logging.WARNING and not IDLE.search(record.getMessage()))
+        shown = record.name.split(".")[0] not in QUIET_LOGGERS or record.name in self.asked
+        return self.verbose or shown or (record.levelno >= logging.WARNING and not IDLE.search(record.getMessage()))
 
 
 megatron = Megatron()
@@ -91,4 +101,10 @@ def in_brief(line: str) -> str:
     for pattern, words in SAID:
         if found := re.search(pattern, line):
             return found.expand(words)
-    return line if MATTERS.search(line) and not IDLE.search(line) else ""
+    return line if matters(line) else ""
+
+
+def matters(line: str) -> bool:
+    """Whether a line that Megatron prints, and that SAID does not know, tells of something that went wrong."""
+    known = any(re.search(pattern, line) for pattern, _ in SAID)
+    return not known and bool(MATTERS.search(line)) and not IDLE.search(line)

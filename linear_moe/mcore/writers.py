@@ -24,10 +24,11 @@ def results_queue(mp_mode: str = "spawn"):
     """What a writer says when it is done. Megatron keeps it in a process of its own, which takes seconds to start, has
     all of torch in memory and survives a run that is killed; only --async-save, where another process writes, needs it.
     """
-    from megatron.training import get_args
+    from megatron.training import global_vars
 
     global _shared
-    if not get_args().async_save:
+    args = global_vars._GLOBAL_ARGS  # None outside of the training program
+    if args is None or not args.async_save:
         return queue.Queue()
     if _shared is None:
         manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))

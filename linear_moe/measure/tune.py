@@ -1,4 +1,4 @@
-"""Remakes the tuning table's entries of the GPU at hand: `python tools/benchmark.py --tune`.
+"""Remakes the tuning table's entries of the GPU at hand: `linear-moe benchmark --tune`.
 
 Coordinate descent from the present entry: every tile size, warps and stages a step up and down, in turns, as long as
 the ops that use the kernel get faster. Whole ops are timed, so that a kernel is not tuned at the expense of the next.

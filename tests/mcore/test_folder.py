@@ -26,8 +26,8 @@ time.sleep(300)
 """
 
 
-def options(save, load=None, skip_train=False):
-    return argparse.Namespace(save=str(save), load=load and str(load), skip_train=skip_train)
+def options(save, load=None, skip_train=False, finetune=False):
+    return argparse.Namespace(save=str(save), load=load and str(load), skip_train=skip_train, finetune=finetune)
 
 
 def test_checkpoints_are_not_overwritten(tmp_path):
@@ -38,6 +38,8 @@ def test_checkpoints_are_not_overwritten(tmp_path):
     for load in (None, tmp_path / "other"):
         with pytest.raises(ValueError, match=rf"has checkpoints \(iteration 20\).*: --load {tmp_path} goes on"):
             check_folder(options(tmp_path, load))
+    with pytest.raises(ValueError, match=r"would overwrite: --finetune starts at iteration 0"):
+        check_folder(options(tmp_path, tmp_path, finetune=True))
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
@@ -70,6 +72,26 @@ def test_a_killed_run_leaves_no_lock(tmp_path):
     finally:
         release_folder()
         os.killpg(child.pid, signal.SIGKILL)
+
+
+def test_a_lock_of_somebody_else_is_a_refusal(tmp_path):
+    (tmp_path / folders.LOCK).mkdir()  # which cannot be opened for writing, not even by root
+    assert "cannot be opened (Is a directory)" in folders._take(tmp_path)
+
+
+def held(save):
+    """A process that takes the folder twice, as a model that is built twice does, and one that comes too late."""
+    hold_folder(options(save))
+    hold_folder(options(save))
+    (Path(save) / TRACKER).write_text("5")
+    late = refusal(save)
+    release_folder()
+    return late
+
+
+def test_the_same_run_may_take_it_twice(tmp_path):
+    late = run_cases(1, [Case("twice", "tests.mcore.test_folder:held", {"save": str(tmp_path)})])["twice"].result
+    assert "has checkpoints (iteration 5), which this run would overwrite" in late
 
 
 def refusal(save):

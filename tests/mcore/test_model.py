@@ -53,6 +53,18 @@ def test_models_of_different_depth_run_side_by_side():
         assert model(tokens, positions, None, labels=tokens).isfinite().all()
 
 
+def test_a_model_can_be_saved_and_loaded(tmp_path):
+    """By Megatron's own functions, without its training program."""
+    from megatron.core import dist_checkpointing
+
+    model, other = (linear_moe.build_model(TINY, seed=seed) for seed in (1, 2))
+    kept = {"metadata": {"non_homogeneous_layers": True}}
+    dist_checkpointing.save(model.sharded_state_dict(**kept), str(tmp_path))
+    other.load_state_dict(dist_checkpointing.load(other.sharded_state_dict(**kept), str(tmp_path)))
+    tokens, positions = batch(16)
+    assert torch.equal(model(tokens, positions, None), other(tokens, positions, None))
+
+
 def test_same_seed_same_model():
     first, second, other = (linear_moe.build_model(TINY, seed=s).state_dict() for s in (1, 1, 2))
     names = [name for name, value in first.items() if isinstance(value, torch.Tensor)]

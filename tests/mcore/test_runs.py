@@ -19,7 +19,8 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from linear_moe.mcore.checkpoint import check_checkpoint
 from linear_moe.mcore.damage import TRACKER, _why, damage
-from linear_moe.mcore.quiet import in_brief
+from linear_moe.mcore.folder import _take, release_folder
+from linear_moe.mcore.quiet import Megatron, in_brief
 from tests.mcore.test_pretrain import MOCK, ROOT, TINY, pretrain
 
 STEPS = [*MOCK, "--num-layers", "1", "--layer-pattern", "L", "--eval-iters", "0", "--log-interval", "1"]
@@ -58,6 +59,10 @@ def test_a_verbose_run_prints_all(run):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
+        ("[Rank 0] (after 10 iterations) memory (MB) | allocated: 1.0", " (after 10 iterations) memory (MB)"),
+        ("[Rank 0] (after 10 iterations) memory (MB) | allocated: 0.00", None),
+        ("torch.OutOfMemoryError: CUDA out of memory.", "torch.OutOfMemoryError"),
+        ("Getting RerunStateMachine state from checkpoint, which cannot be", "Getting RerunStateMachine"),
         (
             "WARNING: TensorBoard writing requested but is not available",
             "WARNING: TensorBoard writing requested but is",
@@ -78,6 +83,19 @@ def test_a_verbose_run_prints_all(run):
 )
 def test_lines_that_matter(line, said):
     assert in_brief(line).startswith(said) if said else not in_brief(line)
+
+
+def test_what_went_wrong_is_said_whole(capsys):
+    said = Megatron()
+    said.print("training ...\ncould not load the checkpoint\n  because of this")
+    said.print(OSError("and of that"))
+    said.print("training ...\nnothing else")
+    assert capsys.readouterr().out == "training ...\ncould not load the checkpoint\n  because of this\nand of that\n"
+
+
+def test_what_flags_ask_for_is_shown(tmp_path):
+    run = pretrain(*STEPS, "--train-iters", "1", "--timing-log-level", "2", cwd=tmp_path)
+    assert run.returncode == 0 and "forward-compute" in run.stdout + run.stderr
 
 
 def resumed(folder, *flags, **options):
@@ -117,7 +135,7 @@ def test_a_damaged_checkpoint_is_named(copied, name, break_, message):
 
 
 def arguments(folder):
-    return argparse.Namespace(load=str(folder), save=None, skip_train=False, pretrained_checkpoint=None)
+    return argparse.Namespace(load=str(folder), save=None, skip_train=False, pretrained_checkpoint=None, finetune=False)
 
 
 def test_common_state_that_is_garbage(copied):
@@ -127,14 +145,38 @@ def test_common_state_that_is_garbage(copied):
         check_checkpoint(arguments(copied))
 
 
-def test_garbage_that_only_reading_shows(copied):
+def test_a_run_refuses_what_it_would_overwrite_or_disturb(copied):
+    over = resumed(copied.parent, "--save", "out")
+    assert over.returncode == 1 and "error: out has checkpoints (iteration 2), which this run" in over.stderr
+    assert _take(copied) is None
+    try:
+        second = resumed(copied.parent, "--load", "out", "--save", "out")
+    finally:
+        release_folder()
+    assert second.returncode == 1 and "Traceback" not in second.stderr
+    assert f"error: --save out belongs to a run that goes on (process {os.getpid()} on" in second.stderr
+
+
+def test_a_checkpoint_of_another_folder_is_checked_too(copied):
+    args = arguments(copied)
+    args.load, args.pretrained_checkpoint = None, args.load
+    truncate(copied / "iter_0000002" / "__0_0.distcp")
+    with pytest.raises(ValueError, match=r"damaged: __0_0\.distcp has 1000 bytes"):
+        check_checkpoint(args)
+    args.pretrained_checkpoint = "nowhere"
+    with pytest.raises(ValueError, match="--pretrained-checkpoint nowhere has no checkpoint"):
+        check_checkpoint(args)
+
+
+@pytest.mark.parametrize("flag", ["--load", "--pretrained-checkpoint"])
+def test_garbage_that_only_reading_shows(copied, flag):
     last = copied / "iter_0000002"
     parts = FileSystemReader(last).read_metadata().storage_data.items()
     part = next(part for index, part in parts if "word_embeddings" in index.fqn)
     with open(last / part.relative_path, "r+b") as file:
         file.seek(part.offset)
         file.write(bytes(part.length))
-    run = resumed(copied.parent, "--load", "out", "--save", "out")
+    run = resumed(copied.parent, flag, "out")
     assert run.returncode == 1 and "Traceback" not in run.stderr, run.stderr[-2000:]
     assert re.search(
         r"error: out/iter_0000002 is damaged: it cannot be read \(.*\); whole: iter_0000001 \(--ckpt-step 1", run.stderr

@@ -21,7 +21,7 @@ recorded = []  # (kernel, grid, arguments, options) of every launch on meta tens
 def launch(function, grid, *args, **options):
     """function[grid](*args, **options) on the device of its tensors; nothing for an empty grid.
 
-    On meta tensors the launch is only recorded: so tools/kernel_report.py learns what is compiled, and a test that no
+    On meta tensors the launch is only recorded: so measure/kernel_report.py learns what is compiled, and a test that no
     value is read.
     """
     if 0 in grid:

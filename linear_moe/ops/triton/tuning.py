@@ -1,7 +1,7 @@
 """Which tile sizes, warps and stages a kernel runs with: a table in the repository, never a search at start.
 
 `tuning.json` holds {architecture: {kernel: {key: options}}}, where a key is "KxV", the key and value widths of a head
-rounded up to 64, 128 or 256, or "*" for any, perhaps followed by " float32". `python tools/benchmark.py --tune` remakes
+rounded up to 64, 128 or 256, or "*" for any, perhaps followed by " float32". `linear-moe benchmark --tune` remakes
 the entries of the GPU it runs on.
 """
 
