@@ -10,7 +10,7 @@ def main(argv: list[str]) -> None:
     if "--verbose" not in argv:
         hush()
     from linear_moe.mcore.damage import Refused  # importing Megatron takes seconds, and warns
-    from linear_moe.mcore.pretrain import prepare, train
+    from linear_moe.mcore.pretrain import leave, prepare, train
 
     try:
         args = prepare(argv)
@@ -18,5 +18,6 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {error}")
     try:
         train(args)
+        leave()
     except Refused as error:
         sys.exit(f"error: {error}")

@@ -75,7 +75,7 @@ def read_log(text: str, pairs: tuple[int, ...]) -> dict[str, object]:
 def main(run: Mapping[str, object]) -> None:
     from linear_moe.mcore.accuracy import accuracy_step
     from linear_moe.mcore.arguments import config_argv
-    from linear_moe.mcore.pretrain import prepare, train
+    from linear_moe.mcore.pretrain import leave, prepare, train
 
     task = Task(**{**run["task"], "pairs": tuple(run["task"]["pairs"])})
     args = prepare(config_argv(run["config"], "run"))
@@ -84,6 +84,7 @@ def main(run: Mapping[str, object]) -> None:
         return tuple(Examples(task, split, args.seed, number) for split, number in zip(SPLITS, numbers))
 
     train(args, provider, functools.partial(accuracy_step, counts=task.pairs))
+    leave()
 
 
 if __name__ == "__main__":

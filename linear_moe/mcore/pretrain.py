@@ -111,6 +111,13 @@ def train(args, provider=None, step=None) -> None:
         release_folder()
 
 
+def leave() -> None:
+    """The end of a training program, on every rank: a process that ends with its groups alive may abort (gloo's threads
+    are still there when Python takes their groups down)."""
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
 # --- data -----------------------------------------------------------------------------------------------------------
 
 
