@@ -61,9 +61,9 @@ MADE_HERE = object()
 
 
 def made_here(*tensors):
-    """Says of tensors that routing made that their values fit."""
+    """Says of tensors that hold borders that their values fit and will not change: see sequences.remembered."""
     for x in tensors:
-        x._known_to = MADE_HERE
+        x._known_to, x._tables = MADE_HERE, {}
 
 
 def _check_operands(rule, lead, q, k, v, beta, g, state, N):

@@ -10,6 +10,7 @@ initial state.
 import torch
 from torch.nn.functional import pad
 
+from .sequences import sequence_of
 from .take import put, take
 
 
@@ -33,7 +34,7 @@ class Layout:
     def _place(self, cu_seqlens):
         """Chunks of each sequence, and for every token its sequence and place in it."""
         token = torch.arange(self.T, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-        sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
+        sequence = sequence_of(self.T, cu_seqlens)
         counts = (cu_seqlens.diff() + self.C - 1) // self.C
         return counts.long(), sequence, (token - cu_seqlens[sequence]).long()
 
