@@ -92,8 +92,8 @@ class Sequences:
 
     @property
     def positions(self) -> Tensor:
-        """Each token's place in its document, int64 ``[B, T]``: under MoM, where a sequence is what one memory sees of a
-        document, not the same as ``places``."""
+        """Each token's place in its document, int64 ``[B, T]``. Under MoM a sequence is what one memory sees of a
+        document, and this is not the same as ``places``."""
         return self.places if self.positions_of_rows is None else self.positions_of_rows
 
     @cached_property

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from linear_moe.ops import titans_linear, ttt_linear
 from linear_moe.ops.sequences import Sequences
@@ -24,7 +23,7 @@ class Scan:
     cu_seqlens=, **options) -> (o, state)``. operands: ``[B, T, heads, width]`` each, or whatever the rule takes.
 
     Args:
-        sequences: where the tokens lie. initial: the states that they start from, of all N sequences, or None for zeros.
+        sequences: where the tokens lie. initial: the states that all N sequences start from, or None for zeros.
     """
 
     def __init__(self, sequences: Sequences, initial=None):

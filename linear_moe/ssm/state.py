@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
@@ -10,8 +12,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 class MixerState:
     """States of N sequences by name: the rule's, the convolutions' last inputs, the token before, tokens seen.
 
-    Each is a tensor, or a tuple of tensors, ``[N, ...]``, or under Mixture-of-Memories ``[memories * N, ...]``, memory by
-    memory. They come into being with the first call and then stay where they are, so that a CUDA graph finds them.
+    Each is a tensor, or a tuple of tensors, ``[N, ...]``, or under Mixture-of-Memories ``[memories * N, ...]``, memory
+    by memory. They come into being with the first call and then stay where they are, so that a CUDA graph finds them.
 
     Args:
         N: how many sequences.
@@ -45,3 +47,13 @@ class MixerState:
     def nbytes(self) -> int:
         """Bytes held."""
         return sum(x.numel() * x.element_size() for x in tree_leaves(self.held))
+
+
+def carry(state: MixerState | None, name: str, function: Callable) -> Tensor:
+    """What ``function(initial_state=, return_state=) -> (y, last state)`` answers from the state of that name, which it
+    also replaces; without a state, from each sequence's beginning."""
+    if state is None:
+        return function()[0]
+    y, last = function(initial_state=state.get(name), return_state=True)
+    state.put(name, last)
+    return y
