@@ -13,6 +13,8 @@ from itertools import accumulate
 
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.inference.utils import InferenceMode
+from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from linear_moe.ops.sequences import Sequences
@@ -67,13 +69,12 @@ class InferenceContext(StaticInferenceContext):
         self.lengths = None if lengths is None else new
         if lengths is None:
             self.last = None
-            shape = torch.empty(self.N, 1, device="meta")
             self.sequences = Sequences(B=self.N, T=1, device=self.device, before=self.seen, single=True)
         else:
             cu_seqlens = torch.tensor([0, *accumulate(new)], dtype=torch.int32, device=self.device)
             self.last = (cu_seqlens[1:].long() - 1).clamp(min=0)
-            shape = torch.empty(1, sum(new), device=self.device)
-            self.sequences = Sequences.of(shape, cu_seqlens, self.seen)
+            pack = torch.empty(1, sum(new), device=self.device)
+            self.sequences = Sequences.of(pack, cu_seqlens, self.seen)
         self.decode_mode = lengths is None
         return self.sequences
 
@@ -137,6 +138,35 @@ class InferenceContext(StaticInferenceContext):
         for cache, x in zip(caches, (key, value)):
             cache[self.sequences.owner, self.sequences.places] = x
         return caches
+
+
+@torch.no_grad()
+def forward(model: torch.nn.Module, context: InferenceContext, tokens: Tensor, lengths=None, *, span=None) -> Tensor:
+    """One piece of each prompt, or one token of each sequence; the context goes on behind them.
+
+    Args:
+        model: Megatron's, in eval mode. tokens: int64 ``[1, sum(lengths)]``, or ``[N, 1]`` without lengths.
+        lengths, span: see `InferenceContext.begin`.
+
+    Returns:
+        Logits ``[N, vocab]`` behind each sequence's last token of this call, some token's where it has none.
+    """
+    sequences = context.begin(lengths, span)
+
+    def keep_last(layer, args: tuple) -> tuple:
+        hidden, *rest = args  # [tokens, 1, hidden], or in a step [1, N, hidden]
+        return hidden if context.last is None else hidden[context.last], *rest
+
+    hook = get_attr_wrapped_model(model, "output_layer").register_forward_pre_hook(keep_last)
+    try:
+        with InferenceMode.active():
+            logits = model(
+                tokens, sequences.positions, None, inference_context=context, runtime_gather_output=True
+            )  # [1, N, vocab], or in a step [N, 1, vocab]
+    finally:
+        hook.remove()
+    context.advance()
+    return logits.flatten(0, 1)
 
 
 def sequences_of(context, x: Tensor) -> Sequences:
