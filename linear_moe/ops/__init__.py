@@ -11,10 +11,10 @@ from .api import (
     route,
     rwkv6,
     short_conv,
-    step,
     titans_linear,
     ttt_linear,
 )
+from .decoding import conv_step, shift_step, step
 from .norm import l2_norm, rms_norm, widen
 from .routing import Routes, gather, topk_router
 from .shift import token_shift
@@ -22,6 +22,7 @@ from .shift import token_shift
 __all__ = [
     "Routes",
     "combine",
+    "conv_step",
     "delta_rule",
     "dplr",
     "gated_norm",
@@ -33,6 +34,7 @@ __all__ = [
     "rms_norm",
     "route",
     "rwkv6",
+    "shift_step",
     "short_conv",
     "step",
     "titans_linear",
