@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linear_moe.ops import Routes, gather, grouped_linear, short_conv
+from linear_moe.ops import Routes, conv_step, gather, grouped_linear, shift_step, short_conv
 from linear_moe.ops.sequences import Sequences
 from linear_moe.ops.shift import token_shift
 from linear_moe.ssm.declaration import check_declaration
@@ -289,9 +289,10 @@ class MixerCore(nn.Module):
         return y.to(dtype).flatten(1).unflatten(0, (B, T))
 
     def _scan(self, sequences: Sequences, p: dict[str, Tensor], state: MixerState | None) -> Scan:
-        initial = None if state is None else state.get("rule")
-        if initial is None:
-            initial = self.mixer.initial_state(p, sequences.N)
+        kept = None if state is None else state.get("rule")
+        if kept is not None:
+            return Carried(sequences, kept, in_place=True)
+        initial = self.mixer.initial_state(p, sequences.N)
         return Plain(sequences, initial) if state is None else Carried(sequences, initial)
 
     def _project(
@@ -309,13 +310,13 @@ class MixerCore(nn.Module):
             return self.tokens(x, self.replicated), rows
         writes = [n for n, s in self.specs.items() if s.role == "write"]
         names = [n for n in self.specs if routes is None or n not in writes]
-        shifted = carry(state, "shift", partial(token_shift, x, cu_seqlens=sequences.cu_seqlens))
+        shifted = _shift(x, "shift", sequences, state)
         tokens = self.tokens(self.mixer.mix(names, x, shifted, p), self.replicated)
         if routes is None:
             return tokens, {}
         # What enters a memory is mixed with the token that entered it before, also where memories share projections.
         x = gather(x.flatten(0, 1), routes)
-        shifted = carry(state, "shift_rows", partial(token_shift, x[None], cu_seqlens=entered.cu_seqlens))
+        shifted = _shift(x[None], "shift_rows", entered, state)
         mixed = self.mixer.mix(writes, x, shifted[0], p)
         if self.rows is None:
             return tokens, self.tokens(mixed, self.replicated)
@@ -338,6 +339,11 @@ class MixerCore(nn.Module):
         weight = heads[f"conv_{name}"] if spec.conv and self.mixer.config.conv_size else None
         if weight is not None or spec.activation or spec.normalize:
             options = {"activation": spec.activation, "normalize": spec.width if spec.normalize else None}
+            kept = None if state is None or weight is None else state.get(f"conv_{name}")
+            if kept is not None and sequences.single:
+                rows = x.flatten(0, 1) if routes is None else gather(x.flatten(0, 1), routes)
+                y, _ = conv_step(rows, weight, kept, slots=sequences.owner.flatten(), **options)
+                return y.unflatten(0, (sequences.B, sequences.T)).unflatten(-1, (-1, spec.width))
             options |= {"routes": routes, "cu_seqlens": sequences.cu_seqlens if routes is None else None}
             convolve = partial(short_conv, x, weight, **options)
             x = carry(state if weight is not None else None, f"conv_{name}", convolve)
@@ -345,6 +351,14 @@ class MixerCore(nn.Module):
         elif routes is not None:
             x = gather(x.flatten(0, 1), routes).unsqueeze(0)
         return x.unflatten(-1, (-1, spec.width))
+
+
+def _shift(x: Tensor, name: str, sequences: Sequences, state: MixerState | None) -> Tensor:
+    """The token before each of x ``[B, T, D]``; before a sequence's first that of the state of that name."""
+    kept = None if state is None else state.get(name)
+    if kept is not None and sequences.single:
+        return shift_step(x.flatten(0, 1), kept, slots=sequences.owner.flatten())[0].view_as(x)
+    return carry(state, name, partial(token_shift, x, cu_seqlens=sequences.cu_seqlens))
 
 
 def _fill_parts(tensor: Tensor, sizes: list[int], axis: int, init_method: Callable[[Tensor], object]) -> None:
