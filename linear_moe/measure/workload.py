@@ -86,6 +86,17 @@ def _rule(rule, decay, *, packed=False, groups=1, states=False):
     return prepare
 
 
+def _summary(rule, decay):
+    """Of packed segments, of which one is empty."""
+
+    def prepare(s):
+        inputs, _ = _rule(rule, decay, packed=True)(s)
+        cu = torch.arange(-1, s.B + 1, device=s.device).clamp(min=0).int() * s.T
+        return inputs[1:], lambda *operands: api.summary(rule, None, *operands, cu_seqlens=cu, backend="triton")
+
+    return prepare
+
+
 def _rwkv6(s):
     inputs = [s.draw(s.B, s.T, s.H, width) for width in (s.K, s.K, s.V)]
     inputs += [_decay(s, s.K), s.draw(s.H, s.K, dtype=torch.float32)]
@@ -246,6 +257,11 @@ CASES = [
     Case("dplr packed", _rule("dplr", 4, packed=True, states=True)),
     Case("rwkv6", _rwkv6),
     Case("gsa", _gsa),
+    Case("summary attention scalar packed", _summary("linear_attention", 3)),
+    Case("summary attention channel packed", _summary("linear_attention", 4)),
+    Case("summary delta scalar packed", _summary("delta_rule", 3)),
+    Case("summary delta channel packed", _summary("delta_rule", 4)),
+    Case("summary dplr packed", _summary("dplr", 4)),
     Case("step attention channel", _step("linear_attention"), backward=False, decoding=True),
     Case("step delta scalar", _step("delta_rule", g="R HV"), backward=False, decoding=True),
     Case("step delta scalar in a store", _step("delta_rule", g="R HV", stored=True), backward=False, decoding=True),
