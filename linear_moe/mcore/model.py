@@ -52,7 +52,8 @@ def model_config(args) -> GPTModelConfig:
         args.padded_vocab_size = padded_size(args.vocab_size, args)
     config = gpt_config_from_args(args)
     options = layer_options(args)
-    config.pre_wrap_hooks.append(_watch_calls)
+    vocabulary = getattr(args, "vocabulary", None) or args.vocab_size or args.padded_vocab_size
+    config.pre_wrap_hooks += [_watch_calls, partial(_note_vocabulary, size=vocabulary)]
     config.transformer_layer_spec = lambda model, vp_stage=None: layer_specs(model.transformer, options, vp_stage)
     if args.use_cpu_initialization and args.perform_initialization:
         config.pre_wrap_hooks.append(partial(_reinitialize, seed=args.seed))
@@ -64,6 +65,13 @@ def _watch_calls(chunks: list) -> list:
         mixers = [module for module in chunk.modules() if isinstance(module, MixerLayer)]
         if mixers:
             chunk.register_forward_pre_hook(partial(before_forward, mixers), with_kwargs=True)
+    return chunks
+
+
+def _note_vocabulary(chunks: list, size: int) -> list:
+    """The embeddings' rows are padded; who draws tokens from the model must know of how many."""
+    for chunk in chunks:
+        chunk.vocabulary = size
     return chunks
 
 
