@@ -39,5 +39,5 @@ class Peeking(GatedDeltaNet):
 class Crossing(GatedDeltaNet):
     """Does not start anew at the borders of packed sequences."""
 
-    def recur(self, q, *operands, p, scan):
-        return super().recur(q, *operands, p=p, scan=Plain(Sequences.of(q)))
+    def recur(self, *, p, scan, **operands):
+        return super().recur(**operands, p=p, scan=Plain(Sequences.of(operands["q"])))

@@ -7,6 +7,7 @@ import torch
 
 from linear_moe.mom import MoMConfig, Router
 from linear_moe.ops import route
+from linear_moe.ops.sequences import Sequences
 from linear_moe.ssm.core import MixerCore
 from linear_moe.ssm.registry import mixer_class
 
@@ -42,7 +43,7 @@ def check_layer(name, width, dtype, device, lengths, seed):
         body = {name: value for name, value in inputs.items() if name not in ("x", "weights")}
         options = {"num_memories": MEMORIES, "shared": True, "cu_seqlens": lengths.to(device)}
         routes = route(indices[None].to(device), inputs["weights"][None], **options)
-        options = {"routes": routes, "cu_seqlens": lengths.to(device)}
+        options = {"routes": routes, "sequences": Sequences.of(inputs["x"], lengths.to(device))}
         return {"y": torch.func.functional_call(core, body, (inputs["x"],), options)}
 
     exact = copy.deepcopy(core).double()

@@ -6,6 +6,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 
 import linear_moe
 from linear_moe.mcore.inference import InferenceContext, forward, sequences_of, state_of
+from linear_moe.ssm import MIXERS
 from tests.helpers import rel_err
 
 SIZE = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 32, "max_position_embeddings": 64}
@@ -20,6 +21,14 @@ SOFTMAX = {
     "yarn": ROPE | MLA | {"qk_pos_emb_head_dim": 4, "rope_type": "yarn", "rotary_scaling_factor": 4.0},
     "learned": ROPE | {"position_embedding_type": "learned_absolute"},
 }
+LINEAR = {
+    f"{mixer}-{form}-{pattern}": ROPE | {"mixer": mixer, "layer_pattern": pattern, "mom_memories": memories}
+    for mixer in MIXERS
+    for form, memories in {"plain": 0, "mom": 3}.items()
+    for pattern in ("L", "LN")
+}
+MODELS = SOFTMAX | LINEAR
+MODELS |= {"several": ROPE | {"mixer": {"G": "gated_deltanet", "R": "rwkv7"}, "layer_pattern": "GR"}}
 LENGTHS = (9, 1, 6)
 
 
@@ -46,7 +55,7 @@ def pieces_of(lengths, seed):
     return [[(edge[i], edge[i + 1]) for edge in edges] for i in range(3)]
 
 
-@pytest.mark.parametrize("config", SOFTMAX.values(), ids=SOFTMAX.keys())
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS.keys())
 def test_pieces_and_steps_give_the_whole(config, seed):
     model = build(config, seed)
     steps = 3
@@ -69,7 +78,7 @@ def test_pieces_and_steps_give_the_whole(config, seed):
     assert context.seen.tolist() == context.counts == [length + steps for length in LENGTHS]
 
 
-@pytest.mark.parametrize("config", SOFTMAX.values(), ids=SOFTMAX.keys())
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS.keys())
 def test_megatrons_context_gives_the_whole(config, seed):
     """A dense batch, its prompt in two pieces: Megatron lets every token of the second see all others."""
     model = build(config, seed)

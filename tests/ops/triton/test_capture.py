@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 import linear_moe
 from linear_moe.mom import MoMConfig, Router, make_routes
 from linear_moe.ops import api
+from linear_moe.ops.sequences import Sequences
 from linear_moe.ops.triton import launch
 from linear_moe.ssm import MIXERS, mixer_class
 from linear_moe.ssm.core import MixerCore
@@ -34,7 +35,7 @@ def layer(name, memories, device):
         routes = None
         if mom:
             routes = make_routes(router(x.flatten(0, 1)), mom, x.shape[:2], cu_seqlens, 1.0)
-        return core(x, routes=routes, cu_seqlens=cu_seqlens)
+        return core(x, routes=routes, sequences=Sequences.of(x, cu_seqlens))
 
     return run, [*core.parameters(), *(router.parameters() if mom else ())], core
 

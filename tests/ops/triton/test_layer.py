@@ -5,6 +5,7 @@ import torch
 
 from linear_moe.mom import MoMConfig, Router, make_routes
 from linear_moe.ops import api
+from linear_moe.ops.sequences import Sequences
 from linear_moe.ssm.core import MixerCore
 from linear_moe.ssm.registry import MIXERS, mixer_class
 from tests.helpers import fresh_seed, rel_err
@@ -18,7 +19,7 @@ def run(core, router, mom, x, cu_seqlens):
     routes = None
     if mom:
         routes = make_routes(router(x.flatten(0, 1), lambda p: p), mom, x.shape[:2], cu_seqlens, 1.0)
-    y = core(x, routes=routes, cu_seqlens=cu_seqlens)
+    y = core(x, routes=routes, sequences=Sequences.of(x, cu_seqlens))
     leaves = {"x": x} | dict(core.named_parameters()) | (dict(router.named_parameters(prefix="router")) if mom else {})
     grads = torch.autograd.grad((y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum(), list(leaves.values()))
     return {"y": y} | dict(zip(leaves, grads))

@@ -13,6 +13,7 @@ import linear_moe.ops.triton
 from linear_moe import ops
 from linear_moe.mom import MoMConfig, Router, make_routes
 from linear_moe.ops import api
+from linear_moe.ops.sequences import Sequences
 from linear_moe.ops.triton import launch
 from linear_moe.ssm.core import MixerCore
 from linear_moe.ssm.registry import mixer_class
@@ -56,7 +57,7 @@ def layer(name, memories, T, N):
     if mom:
         router = Router(32, memories, 2, dtype=torch.float32, device="meta")
         routes = make_routes(router(x.flatten(0, 1), lambda p: p), mom, x.shape[:2], cu_seqlens, 1.0)
-    core(x, routes=routes, cu_seqlens=cu_seqlens).sum().backward()
+    core(x, routes=routes, sequences=Sequences.of(x, cu_seqlens)).sum().backward()
 
 
 def what_is_compiled(function, *args):
