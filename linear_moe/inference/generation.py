@@ -76,6 +76,18 @@ def check_prompts(prompts: Sequence[Sequence[int]], limits: Limits) -> None:
             raise ValueError(f"prompt {n} has {len(prompt)} tokens, more than the model's {limits.positions} positions")
 
 
+def stop_lists(stop: Stop) -> list[list[int]]:
+    """Each stop as a list of tokens.
+
+    Raises:
+        ValueError: an empty list.
+    """
+    found = [[tokens] if isinstance(tokens, int) else [*tokens] for tokens in stop]
+    if not all(found):
+        raise ValueError("stop has an empty list of tokens")
+    return found
+
+
 class Session:
     """N sequences of one model: their states, how they go on, and what that took.
 
@@ -84,7 +96,8 @@ class Session:
         sampling, stop, seed: as for `generate`. cuda_graph: decode steps under one; None: where the model is on a GPU.
 
     Attributes:
-        prefill_tokens, prefill_seconds, decode_tokens, decode_seconds: of all replies so far.
+        prefill_tokens, decode_tokens: how many the model has read in prompts and in steps so far; the first token of
+            a reply is drawn behind its prompt, and the last is read with the next. prefill_seconds, decode_seconds.
     """
 
     def __init__(
@@ -100,17 +113,13 @@ class Session:
     ):
         self.model, self.N, self.limits = model, N, limits(model)
         self.sampling = sampling or Sampling()
-        self.stops = [[s] if isinstance(s, int) else [*s] for s in stop]
-        if not all(self.stops):
-            raise ValueError("stop has an empty list of tokens")
+        self.stops = stop_lists(stop)
         if self.sampling.temperature > 0 and seed is None and self.limits.ranks > 1:
             raise ValueError("sampling needs a seed under tensor parallelism, so that all ranks draw the same tokens")
-        self.context = InferenceContext(N, max_length)
+        self.context, self.cuda_graph = InferenceContext(N, max_length), cuda_graph
         self.generator = torch.Generator(self.context.device)
         self.generator.seed() if seed is None else self.generator.manual_seed(seed)
-        self.step = Step(model, self.context, cuda_graph)
-        self.used: Tensor | None = None
-        self.pending: Tensor | None = None  # drawn last, and not yet seen by the model
+        self.reset()
         self.prefill_tokens = self.decode_tokens = 0
         self.prefill_seconds = self.decode_seconds = 0.0
 
@@ -123,6 +132,13 @@ class Session:
     def tokens(self) -> int:
         """How many tokens the longest sequence has."""
         return max(self.context.counts) + (self.pending is not None)
+
+    def reset(self) -> None:
+        """Forgets what was said."""
+        self.context.reset()
+        self.step = Step(self.model, self.context, self.cuda_graph)
+        self.used: Tensor | None = None
+        self.pending: Tensor | None = None  # drawn last, and not yet seen by the model
 
     @torch.no_grad()
     def reply(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stream: Stream | None = None):
@@ -185,8 +201,7 @@ class Session:
         if not (self.stops or stream):
             rows = [self._draw(logits)]
             while len(rows) < max(rooms):
-                rows.append(self._draw(self.step(self.pending)))
-            self.decode_tokens += len(rows) * self.N
+                rows.append(self._draw(self._next(self.pending)))
             return [row[:room] for row, room in zip(torch.stack(rows, 1).tolist(), rooms)]
         written, open_ = [[] for _ in rooms], set(range(self.N))
         drawn = self._draw(logits)
@@ -200,10 +215,13 @@ class Session:
                 stopped = any(written[n][-len(stop) :] == stop for stop in self.stops)
                 if stopped or len(written[n]) == rooms[n]:
                     open_.remove(n)
-            self.decode_tokens += self.N
             if not open_:
                 return written
-            drawn = self._draw(self.step(drawn))
+            drawn = self._draw(self._next(drawn))
+
+    def _next(self, tokens: Tensor) -> Tensor:
+        self.decode_tokens += self.N
+        return self.step(tokens)
 
     def _draw(self, logits: Tensor) -> Tensor:
         logits = logits[:, : self.limits.vocabulary]  # behind that is padding

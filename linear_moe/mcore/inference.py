@@ -26,7 +26,7 @@ from linear_moe.ssm.state import MixerState
 
 @dataclass(frozen=True)
 class Limits:
-    """What a model can be asked: token ids below ``vocabulary``, sequences of at most ``positions`` tokens (None: of any
+    """What a model can be asked: ids below ``vocabulary``, sequences of at most ``positions`` tokens (None: of any
     length). ranks: of tensor parallelism."""
 
     vocabulary: int
