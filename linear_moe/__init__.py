@@ -8,3 +8,10 @@ def build_model(config, **overrides):
     from linear_moe.mcore.model import build_model as build  # importing Megatron takes seconds
 
     return build(config, **overrides)
+
+
+def load_model(path, iteration=None, **overrides):
+    """The model of a Megatron checkpoint folder, in one process: see ``linear_moe.mcore.load.load_model``."""
+    from linear_moe.mcore.load import load_model as load
+
+    return load(path, iteration, **overrides)

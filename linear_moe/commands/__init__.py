@@ -16,6 +16,7 @@ COMMANDS = {  # name -> what it does; its module is called alike, and has main(a
     "preprocess": "turn text into Megatron's data files, and train a tokenizer for it",
     "configs": "list the configurations that --config knows by name",
     "mixers": "list the mixers: rules, papers, sizes of state, options",
+    "generate": "write text with a checkpoint's model: prompts, files, or a chat",
     "evaluate": "train and score models on synthetic tasks",
     "benchmark": "time update rules, kernels, layers and decoding",
     "kernel-report": "compile all Triton kernels for all GPUs, without one",

@@ -1,4 +1,4 @@
-"""Softmax attention over the keys and values of an `InferenceContext`: packed pieces of prompts, then tokens one by one."""
+"""Softmax attention over an `InferenceContext`'s keys and values: packed pieces of prompts, then tokens one by one."""
 
 from __future__ import annotations
 
@@ -90,7 +90,8 @@ def _rows(angles: Tensor, positions: Tensor) -> Tensor:
 
 @contextmanager
 def _rotated_at(rotary: torch.nn.Module, positions: Tensor, length: int) -> Iterator[None]:
-    """Latent attention asks its rotary embedding for the angles of 0, 1, ...: it gets those of positions below length."""
+    """Latent attention asks its rotary embedding for the angles of 0, 1, ...: it gets those of positions, all below
+    length."""
     angles = rotary(length)
 
     def forward(*args, **kwargs):

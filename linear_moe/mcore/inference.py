@@ -1,24 +1,72 @@
 """What a model keeps of its sequences between calls: Megatron's static inference context, for packed sequences, too.
 
-Megatron's own `StaticInferenceContext` holds a batch in which every sequence is as far as every other. `InferenceContext`
-holds sequences that are each at a place of their own: pieces of their prompts come packed in one row, then one token of
-each. In both, a layer's state lies in ``key_value_memory_dict``: keys and values of softmax attention, which grow with
-the sequence, and a `MixerState` of a linear layer, which does not.
+Megatron's own `StaticInferenceContext` holds a batch in which every sequence is as far as every other.
+`InferenceContext` holds sequences that are each at a place of their own: pieces of their prompts come packed in one
+row, then one token of each. In both, a layer's state lies in ``key_value_memory_dict``: keys and values of softmax
+attention, which grow with the sequence, and a `MixerState` of a linear layer, which does not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.utils import InferenceMode
-from megatron.core.utils import get_attr_wrapped_model
+from megatron.core.transformer.attention import Attention
+from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from linear_moe.ops.sequences import Sequences
 from linear_moe.ssm.state import MixerState
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a model can be asked: ids below ``vocabulary``, sequences of at most ``positions`` tokens (None: of any
+    length). ranks: of tensor parallelism."""
+
+    vocabulary: int
+    positions: int | None
+    ranks: int
+
+
+def limits(model: torch.nn.Module) -> Limits:
+    """Those of a model. Linear layers know no positions; softmax layers and learned embeddings do.
+
+    Raises:
+        ValueError: a model cut into pipeline stages.
+    """
+    config, inner = model.config, unwrap_model(model)
+    if config.pipeline_model_parallel_size > 1:
+        raise ValueError(
+            f"generate runs one pipeline stage, but pipeline_model_parallel_size is "
+            f"{config.pipeline_model_parallel_size}: use Megatron's static engine, or load the checkpoint without it"
+        )
+    positional = inner.position_embedding_type == "learned_absolute"
+    positional |= any(isinstance(module, Attention) for module in inner.modules())
+    vocabulary = getattr(inner, "vocabulary", None) or inner.vocab_size
+    return Limits(vocabulary, inner.max_sequence_length if positional else None, config.tensor_model_parallel_size)
+
+
+@contextmanager
+def without_sequence_parallel(model: torch.nn.Module) -> Iterator[None]:
+    """A step has one token a sequence, which cannot be cut over tensor-parallel ranks."""
+    names = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
+    modules = list(model.modules()) if model.config.sequence_parallel else []
+    configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
+    holders = [*modules, *configs.values()]
+    found = [(holder, name) for holder in holders for name in names if getattr(holder, name, None) is True]
+    for holder, name in found:
+        setattr(holder, name, False)
+    try:
+        yield
+    finally:
+        for holder, name in found:
+            setattr(holder, name, True)
 
 
 class InferenceContext(StaticInferenceContext):
@@ -151,17 +199,18 @@ def forward(model: torch.nn.Module, context: InferenceContext, tokens: Tensor, l
     Returns:
         Logits ``[N, vocab]`` behind each sequence's last token of this call, some token's where it has none.
     """
-    sequences = context.begin(lengths, span)
+    sequences, inner = context.begin(lengths, span), unwrap_model(model)
+    positions = sequences.positions.clamp(max=inner.max_sequence_length - 1)  # sequences that have ended run on
 
     def keep_last(layer, args: tuple) -> tuple:
         hidden, *rest = args  # [tokens, 1, hidden], or in a step [1, N, hidden]
         return hidden if context.last is None else hidden[context.last], *rest
 
-    hook = get_attr_wrapped_model(model, "output_layer").register_forward_pre_hook(keep_last)
+    hook = inner.output_layer.register_forward_pre_hook(keep_last)
     try:
-        with InferenceMode.active():
+        with nullcontext() if InferenceMode.is_active() else InferenceMode.active():
             logits = model(
-                tokens, sequences.positions, None, inference_context=context, runtime_gather_output=True
+                tokens, positions, None, inference_context=context, runtime_gather_output=True
             )  # [1, N, vocab], or in a step [N, 1, vocab]
     finally:
         hook.remove()

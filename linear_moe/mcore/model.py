@@ -35,6 +35,8 @@ from linear_moe.mcore.mixer_layer import MixerLayer, before_forward
 from linear_moe.mcore.specs import layer_specs
 from linear_moe.mcore.vocabulary import padded_size
 
+ONE_PROCESS = {"tensor-model-parallel-size": 1, "pipeline-model-parallel-size": 1, "expert-model-parallel-size": 1}
+
 
 def model_config(args) -> GPTModelConfig:
     """Megatron's GPTModelConfig with the layers that the arguments name.
@@ -52,7 +54,8 @@ def model_config(args) -> GPTModelConfig:
         args.padded_vocab_size = padded_size(args.vocab_size, args)
     config = gpt_config_from_args(args)
     options = layer_options(args)
-    config.pre_wrap_hooks.append(_watch_calls)
+    vocabulary = getattr(args, "vocabulary", None) or args.vocab_size or args.padded_vocab_size
+    config.pre_wrap_hooks += [_watch_calls, partial(_note_vocabulary, size=vocabulary)]
     config.transformer_layer_spec = lambda model, vp_stage=None: layer_specs(model.transformer, options, vp_stage)
     if args.use_cpu_initialization and args.perform_initialization:
         config.pre_wrap_hooks.append(partial(_reinitialize, seed=args.seed))
@@ -64,6 +67,13 @@ def _watch_calls(chunks: list) -> list:
         mixers = [module for module in chunk.modules() if isinstance(module, MixerLayer)]
         if mixers:
             chunk.register_forward_pre_hook(partial(before_forward, mixers), with_kwargs=True)
+    return chunks
+
+
+def _note_vocabulary(chunks: list, size: int) -> list:
+    """The embeddings' rows are padded; who draws tokens from the model must know of how many."""
+    for chunk in chunks:
+        chunk.vocabulary = size
     return chunks
 
 
@@ -94,15 +104,19 @@ def build_model(config: str | Path | Mapping[str, object], **overrides: object) 
 def make_model(config: str | Path | Mapping[str, object], **overrides: object) -> torch.nn.Module:
     """What ``build_model`` returns, wherever Megatron makes it: on the CPU with --use-cpu-initialization."""
     enable_cpu()
-    _allow_copies()
     merged = dict(read_config(config)) if isinstance(config, (str, Path)) else dict(config)
     name = str(config) if isinstance(config, (str, Path)) else "build_model"
     merged = {str(key).replace("_", "-"): value for key, value in merged.items()}
     merged |= {key.replace("_", "-"): value for key, value in overrides.items()}
-    merged |= {"tensor-model-parallel-size": 1, "pipeline-model-parallel-size": 1, "expert-model-parallel-size": 1}
+    merged |= ONE_PROCESS
     merged.setdefault("micro-batch-size", 1)
     merged.setdefault("vocab-size", 512)
-    args = _parse(config_argv(merged, name))
+    return model_from_args(parse(config_argv(merged, name)))
+
+
+def model_from_args(args) -> torch.nn.Module:
+    """The model of parsed arguments, in this one process."""
+    _allow_copies()
     check_arguments(args)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints every argument
         validate_args(args)
@@ -137,10 +151,11 @@ def _allow_copies() -> None:
     MoETokenDispatcher.__deepcopy__ = without_last_batch
 
 
-def _parse(argv: list[str]):
+def parse(argv: list[str], provider=add_arguments):
+    """Megatron's and our arguments from flags; provider: what adds ours to Megatron's parser."""
     before = sys.argv
     try:
         set_argv(argv)
-        return parse_args(add_arguments)
+        return parse_args(provider)
     finally:
         sys.argv = before

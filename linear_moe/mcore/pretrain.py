@@ -78,6 +78,7 @@ def prepare(argv: list[str]):
         raise ValueError(f"Megatron refuses these arguments: {str(error) or where.line}") from error
     if args.padded_vocab_size is None:  # --no-pad-vocab-size
         args.padded_vocab_size = padded_size(get_tokenizer().vocab_size, args)
+    args.vocabulary = get_tokenizer().vocab_size  # kept in checkpoints: padded_vocab_size has rows without a token
     check_checkpoint(args)
     if args.rank == 0 and not (args.mock_data or args.sft):  # it may read a whole file
         check_vocabulary(args, [prefix for source in data_sources(args).values() for prefix in source.prefixes])

@@ -290,10 +290,10 @@ def test_a_mixer_needs_one_registry_line(seed, monkeypatch):
 
 def arguments(name=TINY, **options):
     from linear_moe.mcore.arguments import config_argv
-    from linear_moe.mcore.model import _parse
+    from linear_moe.mcore.model import parse
 
     config = {k.replace("_", "-"): v for k, v in options.items()}
-    args = _parse(config_argv(read_config(name) | config))
+    args = parse(config_argv(read_config(name) | config))
     args.padded_vocab_size = 512
     args.kv_channels = args.kv_channels or args.hidden_size // args.num_attention_heads
     return args

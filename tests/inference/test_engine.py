@@ -1,0 +1,67 @@
+"""Megatron's own engine drives our models, and ours and theirs write the same, also in several processes."""
+
+import pytest
+import torch
+from megatron.core.inference.config import InferenceConfig
+from megatron.core.inference.contexts import BaseInferenceContext
+
+import linear_moe
+from linear_moe.inference import generate
+from tests.inference.engine import LENGTHS, MODELS, STEPS, build, engine_tokens
+from tests.parallel.launch import Case, run_cases
+
+TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+TP2_SP = TP2 | {"sequence_parallel": True}
+CASES = {  # name: (model, who writes, layout)
+    "tp": ("hybrid", "generate", TP2),
+    "tp-sp": ("hybrid", "generate", TP2_SP),
+    "tp-sp-mom": ("mom", "generate", TP2_SP),
+    "tp-engine": ("hybrid", "engine", TP2),
+    "pp-engine": ("hybrid", "engine", PP2),
+    "pp-mom-engine": ("mom", "engine", PP2),
+}
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return [torch.randint(1, 128, (length,)).tolist() for length in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def alone(prompts):
+    """Model -> (the model, what it writes in one process)."""
+    models = {name: build(name) for name in MODELS}
+    return {name: (model, generate(model, prompts, STEPS)) for name, model in models.items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_engine_writes_the_same(alone, prompts, name):
+    model, expected = alone[name]
+    assert engine_tokens(model, prompts) == expected
+    assert engine_tokens(model, prompts) == expected  # nothing is left of the first batch
+
+
+@pytest.fixture(scope="module")
+def together(prompts):
+    cases = [
+        Case(case, "tests.inference.engine:written", {"name": name, "prompts": prompts, "by": by, **layout})
+        for case, (name, by, layout) in CASES.items()
+    ]
+    return run_cases(2, cases, timeout=60)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_write_the_same(alone, together, case):
+    assert together[case].results == [alone[CASES[case][0]][1]] * 2
+
+
+class Dynamic(BaseInferenceContext):
+    def is_static_batching(self):
+        return False
+
+
+def test_dynamic_batching_is_refused():
+    model = linear_moe.build_model(MODELS["mom"])
+    context = Dynamic(InferenceConfig())
+    with pytest.raises(ValueError, match=r"linear layers cannot use dynamic batching: .* Megatron's static engine"):
+        model.decoder.layers[0].self_attention(torch.zeros(4, 1, 32), inference_context=context)
