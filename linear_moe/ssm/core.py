@@ -7,7 +7,7 @@ body serves Mixture-of-Memories: the write projections then exist once per memor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 
@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from linear_moe.ops import Routes, gather, short_conv
 from linear_moe.ops.shift import token_shift
 from linear_moe.ssm.declaration import check_declaration
+from linear_moe.ssm.full_state import full_state, load_full_state
 from linear_moe.ssm.mixer import Mixer, Projection
-from linear_moe.ssm.projection import FusedProjection, Sections
+from linear_moe.ssm.projection import FusedProjection
 from linear_moe.ssm.recompute import Recompute
 from linear_moe.ssm.sequences import sequence_positions
+from linear_moe.ssm.stored import Stored, Tensors
 
 
 class Parameters(nn.Module):
@@ -133,57 +135,54 @@ class MixerCore(nn.Module):
 
         init_method fills a tensor in place; it is used for the projections.
         """
-        for fused in (self.tokens, self.rows):
-            if fused is None:
-                continue
-            lead, hidden = fused.weight.shape[:-2], fused.weight.shape[-1]
-            like = {"device": fused.weight.device}
-            cut = []
-            for width in fused.full.values():
-                full = torch.empty(*lead, width, hidden, **like)
-                init_method(full)
-                cut.append(self._cut(full, fused.axis))
-            fused.weight.copy_(torch.cat(cut, fused.axis))
-            if fused.ranks:
-                _fill_parts(fused.down, [*fused.ranks.values()], fused.axis, init_method)
-                for name in fused.ranks:
-                    up = getattr(fused, f"up_{name}")
-                    full = torch.empty(*lead, up.shape[-2] * self.shards, up.shape[-1], **like)
-                    init_method(full)
-                    up.copy_(self._cut(full, fused.axis))
-        for parameter in self.heads.parameters():
-            full = torch.empty(parameter.shape[0] * self.shards, *parameter.shape[1:])
-            parameter.initializer(full)
-            parameter.copy_(self._cut(full))
-        for parameter in self.shared.parameters():
-            parameter.initializer(parameter)
+        parameters = dict(self.named_parameters())
+        for stored in self.tensors().values():
+            parameter = parameters[stored.parameter]
+            fill = init_method if stored.matrix else parameter.initializer
+            whole = torch.empty(stored.whole_shape(self.shards), device=parameter.device if stored.matrix else "cpu")
+            fill(whole)
+            stored.of(parameter).copy_(stored.cut(whole, self.shards, self.shard))
 
     def set_initializer(self, init_method: Callable[[Tensor], object]) -> None:
-        """Give the projections' matrices the attribute ``initializer``: init_method fills one projection at a time (in
-        all of its copies: ``[(copies,) width, D]``)."""
-        for fused in (self.tokens, self.rows):
-            if fused is None:
-                continue
-            fused.weight.initializer = init_method  # called for each section
-            for name in fused.ranks:
-                getattr(fused, f"up_{name}").initializer = init_method
-            if fused.ranks:
-                parts = {"sizes": [*fused.ranks.values()], "axis": fused.axis, "init_method": init_method}
-                fused.down.initializer = partial(_fill_parts, **parts)
+        """Give the projections' parameters the attribute ``initializer``; see FusedProjection's."""
+        for fused in filter(None, (self.tokens, self.rows)):
+            fused.set_initializer(init_method)
 
-    def sharded_axes(self) -> dict[str, int]:
-        """Parameter name -> the axis that is cut over the shards; every other parameter is replicated."""
-        axes = {f"heads.{name}": 0 for name, _ in self.heads.named_parameters()}
+    def tensors(self) -> Tensors:
+        """Every parameter by its declared name: projections, head parameters and convolutions, shared parameters."""
+        found: Tensors = {}
         for part, fused in (("tokens", self.tokens), ("rows", self.rows)):
             if fused is not None:
-                axes[f"{part}.weight"] = fused.axis
-                axes |= {f"{part}.up_{name}": fused.axis for name in fused.ranks}
-        return axes
+                found |= fused.tensors(f"{part}.")
+        for name, parameter in self.heads.named_parameters():
+            found[name] = Stored(f"heads.{name}", self.head_shapes.get(name, (*parameter.shape,)), axis=0)
+        for name, parameter in self.shared.named_parameters():
+            found[name] = Stored(f"shared.{name}", (*parameter.shape,))
+        return found
 
-    def sections(self) -> dict[str, Sections]:
-        """Fused parameter name -> its sections on this shard (name -> width), along its sharded axis."""
-        parts = {"tokens": self.tokens, "rows": self.rows}
-        return {f"{part}.weight": fused.local for part, fused in parts.items() if fused is not None}
+    def full_state(self) -> dict[str, Tensor]:
+        """Declared name -> a copy of the tensor, unfused and unflattened: projections ``[(memories,) out, in]`` (the
+        shared memory last), low-rank ones as ``<name>.down`` ``[(memories,) rank, in]`` and ``<name>.up``
+        ``[(memories,) out, rank]``, head parameters ``[H, ...]``, ``conv_<name>`` ``[channels, taps]``.
+
+        Raises:
+            ValueError: this is one shard of several; ``MixerLayer`` gathers them.
+        """
+        self._require_one_shard()
+        return full_state(self.tensors(), dict(self.named_parameters()), lambda part, axis: part)
+
+    def load_full_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes what ``full_state`` gives, in any data type and on any device.
+
+        Raises:
+            ValueError: a missing or an unknown tensor, or one of another shape (nothing is loaded then); and as above.
+        """
+        self._require_one_shard()
+        load_full_state(self.tensors(), dict(self.named_parameters()), state, 1, 0)
+
+    def _require_one_shard(self) -> None:
+        if self.shards != 1:
+            raise ValueError(f"whole tensors need all shards, but this is shard {self.shard} of {self.shards}")
 
     def forward(self, x: Tensor, *, routes: Routes | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """x ``[B, T, D]``; routes: to which memories its tokens go; cu_seqlens: int32 ``[N + 1]``, then B is 1."""
@@ -252,11 +251,6 @@ class MixerCore(nn.Module):
         elif routes is not None:
             x = gather(x.flatten(0, 1), routes).unsqueeze(0)
         return x.unflatten(-1, (-1, spec.width))
-
-
-def _fill_parts(tensor: Tensor, sizes: list[int], axis: int, init_method: Callable[[Tensor], object]) -> None:
-    for part in tensor.split(sizes, axis):
-        init_method(part)
 
 
 def _fill(make: Callable[[], Tensor], tensor: Tensor) -> None:

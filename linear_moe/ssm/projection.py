@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from linear_moe.ops import Routes, grouped_linear
 from linear_moe.ssm.mixer import Projection
+from linear_moe.ssm.stored import Stored, Tensors
 
 Sections = dict[str, int]
 INNER = {None: lambda x: x, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
@@ -34,8 +35,7 @@ class FusedProjection(nn.Module):
         self.axis = len(lead)
         self.ranks = {name: specs[name].low_rank for name in sections if specs[name].low_rank}
         self.inner = {name: specs[name].inner for name in self.ranks}
-        self.full = {name: width for name, width in sections.items() if name not in self.ranks}
-        self.local = {name: width // shards for name, width in self.full.items()}
+        self.local = {name: width // shards for name, width in sections.items() if name not in self.ranks}
         self.weight = nn.Parameter(torch.empty(*lead, sum(self.local.values()), hidden_size, **factory))
         if self.ranks:
             self.down = nn.Parameter(torch.empty(*lead, sum(self.ranks.values()), hidden_size, **factory))
@@ -69,3 +69,35 @@ class FusedProjection(nn.Module):
                 low = INNER[self.inner[name]](low)
                 out[name] = product(low.contiguous(), getattr(self, f"up_{name}"))
         return out
+
+    def tensors(self, prefix: str) -> Tensors:
+        """Its projections by name, the factors of low-rank ones as ``<name>.down`` and ``<name>.up``."""
+        *lead, _, hidden = self.weight.shape
+        found: Tensors = {}
+        for parameter, sizes, suffix, axis in (
+            ("weight", self.local, "", self.axis),
+            ("down", self.ranks, ".down", None),
+        ):
+            start = 0
+            for name, size in sizes.items():
+                shape = (*lead, size, hidden)
+                found[name + suffix] = Stored(f"{prefix}{parameter}", shape, axis, True, section=name, start=start)
+                start += size
+        for name in self.ranks:
+            shape = (*self.get_parameter(f"up_{name}").shape,)
+            found[f"{name}.up"] = Stored(f"{prefix}up_{name}", shape, self.axis, True)
+        return found
+
+    def set_initializer(self, init_method: Callable[[Tensor], object]) -> None:
+        """Give the parameters the attribute ``initializer``: init_method fills one projection in all of its copies,
+        ``[(copies,) width, D]``."""
+
+        def fill_parts(down: Tensor) -> None:
+            for part in down.split([*self.ranks.values()], self.axis):
+                init_method(part)
+
+        self.weight.initializer = init_method  # called for each section
+        for name in self.ranks:
+            self.get_parameter(f"up_{name}").initializer = init_method
+        if self.ranks:
+            self.down.initializer = fill_parts
