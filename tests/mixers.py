@@ -3,8 +3,10 @@
 import torch
 
 from linear_moe.ops import linear_attention
+from linear_moe.ops.sequences import Sequences
 from linear_moe.ssm import HeadParameter, Mixer, Projection
 from linear_moe.ssm.gated_deltanet import GatedDeltaNet
+from linear_moe.ssm.scan import Plain
 
 
 class Toy(Mixer):
@@ -23,9 +25,8 @@ class Toy(Mixer):
     def parameters_per_head(self):
         return {"decay": HeadParameter(init=torch.zeros)}
 
-    def recur(self, q, k, v, *, p, state, return_state, cu_seqlens, positions):
-        g = -torch.nn.functional.softplus(p["decay"])
-        return linear_attention(q, k, v, g, initial_state=state, return_state=return_state, cu_seqlens=cu_seqlens)
+    def recur(self, q, k, v, *, p, scan):
+        return scan(linear_attention, q, k, v, -torch.nn.functional.softplus(p["decay"]))
 
 
 class Peeking(GatedDeltaNet):
@@ -38,5 +39,5 @@ class Peeking(GatedDeltaNet):
 class Crossing(GatedDeltaNet):
     """Does not start anew at the borders of packed sequences."""
 
-    def recur(self, *operands, cu_seqlens, **kwargs):
-        return super().recur(*operands, cu_seqlens=None, **kwargs)
+    def recur(self, q, *operands, p, scan):
+        return super().recur(q, *operands, p=p, scan=Plain(Sequences.of(q)))

@@ -8,9 +8,9 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor
 
+from linear_moe.mcore.cached_attention import CachedLatentAttention
 from linear_moe.mcore.masks import block_causal_mask, causal_mask, packed_cu_seqlens
 
 CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal, AttnMaskType.causal_bottom_right)
@@ -112,7 +112,7 @@ def _allowed(queries: int, keys: int, causal: bool, attention_mask, cu_seqlens, 
     return mask
 
 
-class LatentAttention(MLASelfAttention):
+class LatentAttention(CachedLatentAttention):
     """mcore's multi-head latent attention (arXiv 2405.04434) with right gradients under tensor parallelism.
 
     Its local form shards the down projections and gathers what they give. The keys' rotary part is then used by every

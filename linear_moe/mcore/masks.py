@@ -7,7 +7,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from torch import Tensor
 
 from linear_moe.ops.check import check_cu_seqlens
-from linear_moe.ssm.sequences import sequence_of, sequence_positions
+from linear_moe.ops.sequences import sequence_of
 
 
 def packed_cu_seqlens(packed_seq_params, x: Tensor) -> Tensor | None:
@@ -50,8 +50,9 @@ def padding_tokens(
     real = None if packed_seq_params is None else packed_seq_params.cu_seqlens_q
     padded = None if packed_seq_params is None else packed_seq_params.cu_seqlens_q_padded
     if padded is not None and padded is not real:
-        lengths = real.diff()[sequence_of(shape[1], padded)]
-        between = sequence_positions(1, shape[1], padded, padded.device) >= lengths
+        places = torch.arange(shape[1], device=padded.device)
+        owner = sequence_of(shape[1], padded)
+        between = (places - padded[owner] >= real.diff()[owner])[None]
         found = between if found is None else found | between
     return found
 
@@ -89,5 +90,5 @@ def causal_mask(queries: int, keys: int, device) -> Tensor:
 def block_causal_mask(cu_seqlens: Tensor, T: int) -> Tensor:
     """Bool ``[T, T]``: row t may attend to tokens up to t of its own sequence."""
     token = torch.arange(T, device=cu_seqlens.device)
-    sequence = torch.searchsorted(cu_seqlens[1:].long(), token, right=True)
+    sequence = sequence_of(T, cu_seqlens)
     return (sequence[:, None] == sequence) & (token[:, None] >= token)

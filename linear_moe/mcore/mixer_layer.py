@@ -24,11 +24,13 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor
 
+from linear_moe.mcore.inference import sequences_of, state_of
 from linear_moe.mcore.init import xavier
 from linear_moe.mcore.masks import packed_cu_seqlens, padding_tokens, require_causal
 from linear_moe.mcore.sections import by_section
 from linear_moe.mcore.telemetry import telemetry
 from linear_moe.mom import MoMConfig, Router, make_routes
+from linear_moe.ops.sequences import Sequences
 from linear_moe.ssm import Mixer
 from linear_moe.ssm.core import MixerCore
 from linear_moe.ssm.full_state import full_state, load_full_state
@@ -40,6 +42,29 @@ class MixerLayerSubmodules:
     """linear_proj: the row-parallel output projection."""
 
     linear_proj: type
+
+
+@dataclass
+class Call:
+    """One forward pass of a model, as all of its linear layers see it.
+
+    Args:
+        loss_tokens: how many tokens the loss counts, a scalar; None where the call does not say.
+    """
+
+    loss_tokens: Tensor | None = None
+    made: tuple | None = None  # the sequences, and what they were made from
+
+    def sequences(self, x: Tensor, packed_seq_params) -> Sequences:
+        """Where the tokens of x ``[b, s, hidden]`` lie: made by the first layer, for all.
+
+        Raises:
+            ValueError: see packed_cu_seqlens.
+        """
+        of = (packed_seq_params, *x.shape[:2])
+        if self.made is None or self.made[0] is not of[0] or self.made[1:3] != of[1:]:
+            self.made = (*of, Sequences.of(x, packed_cu_seqlens(packed_seq_params, x)))
+        return self.made[3]
 
 
 class MixerLayer(MegatronModule):
@@ -79,7 +104,7 @@ class MixerLayer(MegatronModule):
             raise ValueError(f"context_parallel_size ({config.context_parallel_size}) must be 1 with linear mixers")
         pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         self.tp_group, self.layer_number, self.mom = pg_collection.tp, layer_number, mom
-        self.loss_tokens: Tensor | None = None  # of the microbatch at hand; see `before_forward`
+        self.call: Call | None = None  # the microbatch at hand; see `before_forward`
         factory = {
             "dtype": config.params_dtype,
             "device": "cpu" if config.use_cpu_initialization else torch.cuda.current_device(),
@@ -139,14 +164,14 @@ class MixerLayer(MegatronModule):
         """What an auxiliary loss of one must weigh here, so that it adds to the model's loss as one.
 
         Megatron divides the loss by the number of microbatches, or, with calculate_per_token_loss, the gradients by
-        the number of tokens that the loss counts, which `before_forward` has left here if it knows it. Every
+        the number of tokens that the loss counts, which the call says if it knows it. Every
         tensor-parallel rank computes the same loss, and their gradients are summed.
 
         padding: bool ``[b, s]`` of so many tokens, or None.
         """
         scale = 1.0 / self.tp_group.size()
         if self.config.calculate_per_token_loss:
-            counted = self.loss_tokens
+            counted = self.call and self.call.loss_tokens
             if counted is None:
                 counted = tokens if padding is None else (~padding).sum()
             scale = scale * counted
@@ -169,15 +194,18 @@ class MixerLayer(MegatronModule):
                 `MixerTransformerLayer` gives in its place. The router's losses and figures leave padding out. It does
                 enter the memories, as softmax attention would see it, so it belongs behind a sequence's tokens.
         """
-        if inference_context is not None:
-            raise ValueError("linear mixers cannot decode with an inference context yet; run the full sequence")
         sequence_parallel = self.config.sequence_parallel and self.tp_group.size() > 1
         if sequence_parallel:
             x = gather_from_sequence_parallel_region(hidden_states, group=self.tp_group)
         else:
             x = copy_to_tensor_model_parallel_region(hidden_states, group=self.tp_group)
         x = x.transpose(0, 1)  # [b, s, hidden]
-        cu_seqlens = packed_cu_seqlens(packed_seq_params, x)
+        state = None
+        if inference_context is None:
+            sequences = (self.call or Call()).sequences(x, packed_seq_params)
+        else:
+            sequences = sequences_of(inference_context, x)
+            state = state_of(inference_context, self.layer_number, sequences)
         routes = None
         if self.mom:
             shape, group = x.shape[:2], self.tp_group if sequence_parallel else None
@@ -188,8 +216,8 @@ class MixerLayer(MegatronModule):
             if self.training and torch.is_grad_enabled():  # once, also under activation recomputation
                 scale = self._loss_scale(padding, shape.numel())
                 telemetry.record(self.layer_number, routing)
-            routes = make_routes(routing, self.mom, shape, cu_seqlens, scale)
-        y = self.core(x, routes=routes, cu_seqlens=cu_seqlens)
+            routes = make_routes(routing, self.mom, shape, sequences.cu_seqlens, scale)
+        y = self.core(x, routes=routes, sequences=sequences, state=state)
         return self.linear_proj(y.transpose(0, 1).contiguous())
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
@@ -277,6 +305,6 @@ def before_forward(mixers: list[MixerLayer], model, args: tuple, kwargs: dict) -
     if attention_mask is not None:
         require_causal(attention_mask)
     loss_mask = kwargs.get("loss_mask")
-    counted = None if loss_mask is None else loss_mask.sum(dtype=torch.float32)
+    call = Call(None if loss_mask is None else loss_mask.sum(dtype=torch.float32))
     for mixer in mixers:
-        mixer.loss_tokens = counted
+        mixer.call = call

@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from linear_moe.mcore.attention import LatentAttention, TorchAttention
+from linear_moe.mcore.cached_attention import CachedLatentAttention, CachedSelfAttention
 from linear_moe.mcore.mixer_layer import MixerLayer, MixerLayerSubmodules, MixerTransformerLayer
 from linear_moe.mcore.norm import Norm
 from linear_moe.mom import MoMConfig
@@ -210,8 +211,7 @@ def _local_submodules(config, moe: bool) -> TransformerLayerSubmodules:
         normalization=config.normalization,
         qk_l2_norm=config.qk_l2_norm,
     )
-    if config.multi_latent_attention:
-        layer.self_attention.module = LatentAttention
+    layer.self_attention.module = LatentAttention if config.multi_latent_attention else CachedSelfAttention
     attention = layer.self_attention.submodules
     attention.core_attention = TorchAttention
     if config.qk_layernorm and not config.qk_l2_norm:
@@ -230,7 +230,7 @@ def _local_submodules(config, moe: bool) -> TransformerLayerSubmodules:
 
 
 def _te_submodules(config, moe: bool) -> TransformerLayerSubmodules:
-    return get_gpt_layer_with_transformer_engine_submodules(
+    layer = get_gpt_layer_with_transformer_engine_submodules(
         num_experts=config.num_moe_experts if moe else None,
         moe_grouped_gemm=config.moe_grouped_gemm,
         qk_layernorm=config.qk_layernorm,
@@ -238,6 +238,8 @@ def _te_submodules(config, moe: bool) -> TransformerLayerSubmodules:
         qk_l2_norm=config.qk_l2_norm,
         use_te_activation_func=config.use_te_activation_func,
     )
+    layer.self_attention.module = CachedLatentAttention if config.multi_latent_attention else CachedSelfAttention
+    return layer
 
 
 def _te_norm():

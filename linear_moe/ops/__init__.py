@@ -1,7 +1,9 @@
 """Update rules, short convolution and routing as pure functions of tensors."""
 
 from .api import (
+    apply_summary,
     combine,
+    compose_summaries,
     delta_rule,
     dplr,
     gated_norm,
@@ -12,6 +14,7 @@ from .api import (
     rwkv6,
     short_conv,
     step,
+    summary,
     titans_linear,
     ttt_linear,
 )
@@ -21,7 +24,9 @@ from .shift import token_shift
 
 __all__ = [
     "Routes",
+    "apply_summary",
     "combine",
+    "compose_summaries",
     "delta_rule",
     "dplr",
     "gated_norm",
@@ -35,6 +40,7 @@ __all__ = [
     "rwkv6",
     "short_conv",
     "step",
+    "summary",
     "titans_linear",
     "token_shift",
     "topk_router",

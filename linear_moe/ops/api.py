@@ -18,6 +18,7 @@ from torch.nn.functional import silu
 from . import chunk, compose, norm, online, reference, routing, slots
 from . import grouped as grouped_torch
 from . import short_conv as conv
+from . import summary as summaries
 from .backend import choose_backend, kernels
 from .check import (
     check_combine,
@@ -31,6 +32,7 @@ from .check import (
     check_rule,
     check_rwkv6,
     check_step,
+    check_summary,
 )
 from .step import RULES
 from .step import step as step_torch
@@ -316,3 +318,47 @@ def step(rule, state, q, k, v, beta=None, g=None, a=None, b=None, *, scale=None,
     operands = [x.unsqueeze(1) for x in (q, k, v, beta, a, b) if x is not None]
     o, state = getattr(reference, rule)(*operands, g, scale=scale, initial_state=state, return_state=True)
     return o.squeeze(1), state
+
+
+def _summary_function(rule, backend):
+    """What makes a rule's summary on a backend: a function of its own, or one made of linear_attention's."""
+    if rule in PARTS:
+        return partial(getattr(summaries, rule), _summary_function("linear_attention", backend))
+    if backend == "reference":
+        return partial(summaries.loop, rule)
+    return getattr(kernels("summary") if backend == "triton" else summaries, rule)
+
+
+def summary(rule, *operands, cu_seqlens=None, backend="auto"):
+    """What the tokens of every sequence do to whatever state S enters it: S becomes P S + U. For context parallelism,
+    whose ranks each hold a segment: apply_summary moves a state over a segment, compose_summaries joins two segments.
+
+    rule: "linear_attention", "delta_rule", "dplr", "rwkv6" or "gsa"; operands: those of that function, in its order and
+    shapes. q and u change no state: they may be None, and have no gradient.
+    Returns (transition, state): state, U, is the final state from zeros [N, HV, K, V] (gsa: the tuple of its two); the
+    transition is P [N, HV, K, K] for delta_rule and dplr, and for the others P's diagonal, the whole decay e^(sum g)
+    [N, HV, K] (gsa: [N, H, M]). Both float32 (float64 for float64 values), contiguous, and differentiable in every
+    operand. A sequence without tokens has the identity and zeros. Raises ValueError for another rule (the states of
+    ttt_linear and titans_linear are not affine), and for shapes, dtypes, cu_seqlens or a backend that do not fit.
+    """
+    operands = check_summary(rule, operands, cu_seqlens)
+    v = operands[1]
+    widths = [x.shape[-1] for x in operands if x is not None and x.ndim == 4]
+    backend = choose_backend(f"summary of {rule}", backend, v, *widths)
+    with _without_autocast(v.device.type):
+        return _summary_function(rule, backend)(*operands, cu_seqlens=_int32(cu_seqlens))
+
+
+def apply_summary(transition, state, initial):
+    """P S + U: the state behind a segment whose summary is (transition, state), where `initial` entered it.
+
+    Shapes: see summary; initial and the result are like its state (gsa: tuples of two).
+    """
+    with _without_autocast(transition.device.type):
+        return summaries.apply_summary(transition, state, initial)
+
+
+def compose_summaries(second, first):
+    """The summary of two segments in a row, from those of each: (P2 P1, P2 U1 + U2). Shapes: see summary."""
+    with _without_autocast(first[0].device.type):
+        return summaries.compose_summaries(second, first)

@@ -61,9 +61,9 @@ MADE_HERE = object()
 
 
 def made_here(*tensors):
-    """Says of tensors that routing made that their values fit."""
+    """Says of tensors that hold borders that their values fit and will not change: see sequences.remembered."""
     for x in tensors:
-        x._known_to = MADE_HERE
+        x._known_to, x._tables = MADE_HERE, {}
 
 
 def _check_operands(rule, lead, q, k, v, beta, g, state, N):
@@ -109,12 +109,17 @@ def check_dplr(k, v, a, b, g):
 
 def check_rwkv6(q, k, v, g, u, initial_state, cu_seqlens):
     """The operands of rwkv6: as many key heads as value heads, a decay a channel."""
+    _check_rwkv6_state(q, k, v, g, initial_state, cu_seqlens)
+    _shape("rwkv6", "u", u, {"H": v.shape[2], "K": k.shape[-1]})
+    _one_device("rwkv6", v, u=u)
+
+
+def _check_rwkv6_state(q, k, v, g, initial_state, cu_seqlens):
+    """All operands but u."""
     check_rule("rwkv6", q, k, v, None, g, initial_state, cu_seqlens)
     (B, T, H, _), K = v.shape, k.shape[-1]
     for name, x in (("k", k), ("g", g)):
         _shape("rwkv6", name, x, {"B": B, "T": T, "H": H, "K": K})
-    _shape("rwkv6", "u", u, {"H": H, "K": K})
-    _one_device("rwkv6", v, u=u)
 
 
 def check_gsa(q, k, v, s, g, initial_state, cu_seqlens):
@@ -270,3 +275,52 @@ def check_norm(o, weight, gate, activation, routes):
     _one_device(rule, o, weight=weight, gate=gate)
     if gate is not None:
         _shape(rule, "gate", gate, {"tokens": tokens, "HV": HV, "V": V})
+
+
+def _check_rwkv6_summary(q, k, v, g, u, cu_seqlens):
+    _check_rwkv6_state(q, k, v, g, None, cu_seqlens)
+    if u is not None:
+        check_rwkv6(q, k, v, g, u, None, cu_seqlens)
+
+
+def _check_dplr_summary(q, k, v, a, b, g, cu_seqlens):
+    check_rule("dplr", q, k, v, None, g, None, cu_seqlens)
+    check_dplr(k, v, a, b, g)
+
+
+def _check_attention_summary(q, k, v, g, cu_seqlens):
+    check_rule("linear_attention", q, k, v, None, g, None, cu_seqlens)
+
+
+def _check_delta_summary(q, k, v, beta, g, cu_seqlens):
+    check_rule("delta_rule", q, k, v, beta, g, None, cu_seqlens)
+
+
+def _check_gsa_summary(q, k, v, s, g, cu_seqlens):
+    check_gsa(q, k, v, s, g, None, cu_seqlens)
+
+
+# Rules whose state is an affine function of the one before: the order of their operands, how many of them must be
+# given, and what checks them
+AFFINE = {
+    "linear_attention": ("q, k, v, g", 3, _check_attention_summary),
+    "delta_rule": ("q, k, v, beta, g", 4, _check_delta_summary),
+    "dplr": ("q, k, v, a, b, g", 6, _check_dplr_summary),
+    "rwkv6": ("q, k, v, g, u", 4, _check_rwkv6_summary),
+    "gsa": ("q, k, v, s, g", 5, _check_gsa_summary),
+}
+
+
+def check_summary(rule, operands, cu_seqlens):
+    """The operands of summary, q and u perhaps None. Returns all but q, on which no state depends."""
+    online = rule in ("ttt_linear", "titans_linear")
+    reason = "a state is no affine function of the one before, so a segment has no summary: pass the state on"
+    _require(not online, rule, reason)
+    _require(rule in AFFINE, "summary", f"rule ({rule!r}) must be one of {sorted(AFFINE)}")
+    order, least, check = AFFINE[rule]
+    most = order.count(",") + 1
+    fits = least <= len(operands) <= most
+    _require(fits, rule, f"summary takes {least} to {most} operands ({order}), not {len(operands)}")
+    q, k, *others = (*operands, *[None] * (most - len(operands)))
+    check(k if q is None else q, k, *others, cu_seqlens)
+    return k, *others

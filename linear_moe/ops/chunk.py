@@ -29,14 +29,20 @@ def _chunk_length(tokens, sequences):
 
 
 def _prepare(q, k, v, g, beta, scale, initial_state, cu_seqlens):
-    """The layout; then, as chunks, q (scaled), k [R, C, K], v [R, C, V], g [R, C, D], beta [R, C, 1]; and the initial
-    states [N, HV, K, V]."""
+    """The layout; then, as chunks, q (scaled; or None), k [R, C, K], v [R, C, V], g [R, C, D], beta [R, C, 1]; and the
+    initial states [N, HV, K, V]."""
     dtype, (B, T, HV, V) = compute_dtype(v), v.shape
     sequences, tokens = (B, B * T) if cu_seqlens is None else (len(cu_seqlens) - 1, T)
     layout = Layout(v, cu_seqlens, _chunk_length(tokens, sequences))
-    groups = HV // k.shape[2]
-    q, k = (x if groups == 1 else x.repeat_interleave(groups, dim=2) for x in (q, k))
-    q, k, v = (layout.pack(x.to(dtype)) for x in (q, k, v))
+
+    def pack_keys(x):
+        """One key head per value head."""
+        groups = HV // x.shape[2]
+        x = x if groups == 1 else x.repeat_interleave(groups, dim=2)
+        return layout.pack(x.to(dtype))
+
+    q = None if q is None else pack_keys(q) * scale
+    k, v = pack_keys(k), layout.pack(v.to(dtype))
     if g is not None:
         g = g.to(dtype).clamp_min(-1e4)  # as good as -inf, whose differences are not numbers
         g = layout.pack(g if g.ndim == 4 else g.expand(B, T, HV).unsqueeze(-1))
@@ -44,7 +50,7 @@ def _prepare(q, k, v, g, beta, scale, initial_state, cu_seqlens):
         beta = layout.pack(beta.to(dtype).unsqueeze(-1))
     if initial_state is None:
         initial_state = v.new_zeros(layout.N, HV, k.shape[-1], V)
-    return layout, q * scale, k, v, g, beta, initial_state.to(dtype)
+    return layout, q, k, v, g, beta, initial_state.to(dtype)
 
 
 def _exp(x, dtype):
@@ -119,20 +125,68 @@ def _with_decay(*tensors, decay):
     return tensors if decay is None else (*tensors, _last(decay))
 
 
-def linear_attention(q, k, v, g=None, *, scale, initial_state=None, return_state=False, cu_seqlens=None):
-    """See api.linear_attention."""
-    layout, q_RCK, k_RCK, v_RCV, g_RCD, _, initial = _prepare(q, k, v, g, None, scale, initial_state, cu_seqlens)
-    # 1. Inside the chunk
-    (qk_RCC,), (k_end_RCK,), decay_RCD = _products([q_RCK], [k_RCK], g_RCD)
+def _walk_attention(layout, initial, k_end, v, decay, keep=True):
+    """Steps 2 and 3 of linear_attention: the state before every chunk and the final states; keep as in Layout.scan."""
     # 2. States
-    writes_RKV = k_end_RCK.mT @ v_RCV
+    writes_RKV = k_end.mT @ v
 
     # 3. Across chunks
     def update(S, write, whole=None):
         kept = S if whole is None else whole * S
         return kept + write, None
 
-    before_RKV, _, final = layout.scan(update, initial, *_with_decay(writes_RKV, decay=decay_RCD))
+    before_RKV, _, final = layout.scan(update, initial, *_with_decay(writes_RKV, decay=decay), keep=keep)
+    return before_RKV, final
+
+
+def _walk_delta(layout, initial, kk, k, k_end, v, beta, decay, keep=True):
+    """The steps of delta_rule behind the products kk of its keys: the state before every chunk, the values that the
+    chunk writes and the final states; keep as in Layout.scan."""
+    # 1. Inside the chunk
+    targets = beta * torch.cat([v, _decayed(k, decay)], -1)
+    # unitriangular: the diagonal of kk is never read, neither here nor in the backward
+    solved = torch.linalg.solve_triangular(beta * kk, targets, upper=False, unitriangular=True)
+    u_RCV, w_RCK = solved.split([v.shape[-1], k.shape[-1]], -1)
+
+    # 2. States and 3. across chunks
+    def update(S, u, w, k_end, whole=None):
+        values = torch.baddbmm(u, w, S, alpha=-1)
+        kept = S if whole is None else whole * S
+        return torch.baddbmm(kept, k_end.mT, values), values
+
+    return layout.scan(update, initial, *_with_decay(u_RCV, w_RCK, k_end, decay=decay), keep=keep)
+
+
+def _early(a):
+    """a [R, C, K] one row early: a_{t+1} reads S_t, as q_t does."""
+    return pad(a[:, 1:], (0, 0, 0, 1))
+
+
+def _walk_dplr(layout, initial, products, ends, a, v, decay, keep=True):
+    """The steps of dplr behind the products of _early(a) with k and with b: as _walk_delta, but u for the values."""
+    # 1. Inside the chunk
+    ak_RCC, ab_RCC = (pad(x[:, :-1], (0, 0, 1, 0)) for x in products)
+    start_RCK = torch.cat([a[:, :1], a[:, 1:] * decay[:, :-1]], 1)
+    targets = torch.cat([ak_RCC @ v, start_RCK], -1)
+    # unitriangular, as in _walk_delta
+    solved = torch.linalg.solve_triangular(-ab_RCC, targets, upper=False, unitriangular=True)
+    u_RCV, w_RCK = solved.split([v.shape[-1], a.shape[-1]], -1)
+
+    # 2. States and 3. across chunks; u now with what the state before the chunk adds, ends of k and, below, of b
+    def update(S, u, w, v, ends, whole):
+        u = torch.baddbmm(u, w, S)
+        return torch.baddbmm(whole * S, ends.mT, torch.cat([v, u], 1)), u
+
+    return layout.scan(update, initial, *_with_decay(u_RCV, w_RCK, v, torch.cat(ends, 1), decay=decay), keep=keep)
+
+
+def linear_attention(q, k, v, g=None, *, scale, initial_state=None, return_state=False, cu_seqlens=None):
+    """See api.linear_attention."""
+    layout, q_RCK, k_RCK, v_RCV, g_RCD, _, initial = _prepare(q, k, v, g, None, scale, initial_state, cu_seqlens)
+    # 1. Inside the chunk
+    (qk_RCC,), (k_end_RCK,), decay_RCD = _products([q_RCK], [k_RCK], g_RCD)
+    # 2. States and 3. across chunks
+    before_RKV, final = _walk_attention(layout, initial, k_end_RCK, v_RCV, decay_RCD)
     # 4. Outputs
     o_RCV = torch.baddbmm(qk_RCC @ v_RCV, _decayed(q_RCK, decay_RCD), before_RKV)
     return layout.unpack(o_RCV).to(v.dtype), final if return_state else None
@@ -144,19 +198,9 @@ def delta_rule(q, k, v, beta, g=None, *, scale, initial_state=None, return_state
     layout, q_RCK, k_RCK, v_RCV, g_RCD, beta_RC1, initial = _prepare(q, k, v, g, beta, scale, initial_state, cu_seqlens)
     # 1. Inside the chunk
     (qk_RCC, kk_RCC), (k_end_RCK,), decay_RCD = _products([q_RCK, k_RCK], [k_RCK], g_RCD)
-    targets = beta_RC1 * torch.cat([v_RCV, _decayed(k_RCK, decay_RCD)], -1)
-    # unitriangular: the diagonal of kk is never read, neither here nor in the backward
-    solved = torch.linalg.solve_triangular(beta_RC1 * kk_RCC, targets, upper=False, unitriangular=True)
-    u_RCV, w_RCK = solved.split([v.shape[-1], k.shape[-1]], -1)
-
     # 2. States and 3. across chunks
-    def update(S, u, w, k_end, whole=None):
-        values = torch.baddbmm(u, w, S, alpha=-1)
-        kept = S if whole is None else whole * S
-        return torch.baddbmm(kept, k_end.mT, values), values
-
-    chunks = _with_decay(u_RCV, w_RCK, k_end_RCK, decay=decay_RCD)
-    before_RKV, values_RCV, final = layout.scan(update, initial, *chunks)
+    chunks = kk_RCC, k_RCK, k_end_RCK, v_RCV, beta_RC1, decay_RCD
+    before_RKV, values_RCV, final = _walk_delta(layout, initial, *chunks)
     # 4. Outputs
     o_RCV = torch.baddbmm(qk_RCC @ values_RCV, _decayed(q_RCK, decay_RCD), before_RKV)
     return layout.unpack(o_RCV).to(v.dtype), final if return_state else None
@@ -170,23 +214,10 @@ def dplr(q, k, v, a, b, g, *, scale, initial_state=None, return_state=False, cu_
     layout, q_RCK, k_RCK, v_RCV, g_RCK, _, initial = _prepare(q, k, v, g, None, scale, initial_state, cu_seqlens)
     a_RCK, b_RCK = (layout.pack(x.to(v_RCV.dtype)) for x in (a, b))
     # 1. Inside the chunk
-    early_RCK = pad(a_RCK[:, 1:], (0, 0, 0, 1))
-    products, ends, decay_RCK = _products([q_RCK, early_RCK], [k_RCK, b_RCK], g_RCK)
+    products, ends, decay_RCK = _products([q_RCK, _early(a_RCK)], [k_RCK, b_RCK], g_RCK)
     qk_RCC, qb_RCC, *of_early = products
-    ak_RCC, ab_RCC = (pad(x[:, :-1], (0, 0, 1, 0)) for x in of_early)
-    start_RCK = torch.cat([a_RCK[:, :1], a_RCK[:, 1:] * decay_RCK[:, :-1]], 1)
-    targets = torch.cat([ak_RCC @ v_RCV, start_RCK], -1)
-    # unitriangular, as in delta_rule
-    solved = torch.linalg.solve_triangular(-ab_RCC, targets, upper=False, unitriangular=True)
-    u_RCV, w_RCK = solved.split([v.shape[-1], k.shape[-1]], -1)
-
-    # 2. States and 3. across chunks; u now with what the state before the chunk adds, ends of k and, below, of b
-    def update(S, u, w, v, ends, whole):
-        u = torch.baddbmm(u, w, S)
-        return torch.baddbmm(whole * S, ends.mT, torch.cat([v, u], 1)), u
-
-    chunks = _with_decay(u_RCV, w_RCK, v_RCV, torch.cat(ends, 1), decay=decay_RCK)
-    before_RKV, u_RCV, final = layout.scan(update, initial, *chunks)
+    # 2. States and 3. across chunks
+    before_RKV, u_RCV, final = _walk_dplr(layout, initial, of_early, ends, a_RCK, v_RCV, decay_RCK)
     # 4. Outputs
     inside_RCV = torch.baddbmm(qk_RCC @ v_RCV, qb_RCC, u_RCV)
     o_RCV = torch.baddbmm(inside_RCV, q_RCK * decay_RCK, before_RKV)

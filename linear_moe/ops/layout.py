@@ -10,6 +10,7 @@ initial state.
 import torch
 from torch.nn.functional import pad
 
+from .sequences import sequence_of
 from .take import put, take
 
 
@@ -33,7 +34,7 @@ class Layout:
     def _place(self, cu_seqlens):
         """Chunks of each sequence, and for every token its sequence and place in it."""
         token = torch.arange(self.T, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-        sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
+        sequence = sequence_of(self.T, cu_seqlens)
         counts = (cu_seqlens.diff() + self.C - 1) // self.C
         return counts.long(), sequence, (token - cu_seqlens[sequence]).long()
 
@@ -83,11 +84,11 @@ class Layout:
         x = x.view(self.chunks, self.H, self.C, D).transpose(1, 2).reshape(-1, self.H, D)
         return take(x, self.slot).unsqueeze(0)
 
-    def scan(self, update, state, *inputs):
+    def scan(self, update, state, *inputs, keep=True):
         """Runs `state, y = update(state, *chunk's inputs)` along every sequence.
 
         state [N, H, K, V]; inputs [rows, ...]. Returns the state BEFORE every chunk [rows, K, V], all y [rows, ...]
-        and the final states [N, H, K, V].
+        and the final states [N, H, K, V]; without `keep` only these, and None for the others.
         """
         shape = state.shape
         if not self.chunks:
@@ -104,12 +105,16 @@ class Layout:
             elif self.rows[s] < len(S):
                 S, done = S.split([self.rows[s], len(S) - self.rows[s]])
                 after.append(done)
-            before.append(S)
+            S_before = S
             S, y = update(S, *chunk)
-            outputs.append(y)
+            if keep:
+                before.append(S_before)
+                outputs.append(y)
             if self.in_order:
                 after.append(S)
         final = self._final(state, S, after)
+        if not keep:
+            return None, None, final
         return torch.cat(before), torch.cat(outputs) if outputs[0] is not None else None, final
 
     def _final(self, state, S, after):

@@ -12,6 +12,7 @@ import torch
 
 from .layout import Layout
 from .reference import compute_dtype, norm_loss_gradient
+from .sequences import sequence_of
 from .take import put, take
 
 MAX_WIDTH, MAX_MINI_BATCH = 128, 64  # of the kernels in triton/online.py
@@ -33,7 +34,7 @@ class _MiniBatches:
                 sequence = token.div(max(T, 1), rounding_mode="floor")
                 T += more
             else:
-                sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), token.to(cu_seqlens.dtype), right=True)
+                sequence = sequence_of(T, cu_seqlens)
                 T += more * (len(cu_seqlens) - 1)
                 cu_seqlens = cu_seqlens + more * torch.arange(len(cu_seqlens), device=v.device, dtype=cu_seqlens.dtype)
             self.place = token + more * sequence + offset.long()[sequence]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .check import made_here
+from .sequences import sequence_of
 from .take import take
 
 
@@ -50,7 +51,10 @@ def route(indices, weights, *, num_memories, shared, cu_seqlens=None):
     B, T, k = indices.shape
     device, ends = indices.device, _sequence_ends(B, T, cu_seqlens, indices.device)
     N, M, R = len(ends), num_memories, B * T * k
-    sequence = torch.searchsorted(ends, torch.arange(B * T, device=device), right=True)
+    if cu_seqlens is None:
+        sequence = torch.arange(B, device=device).repeat_interleave(T)
+    else:
+        sequence = sequence_of(T, cu_seqlens)
     bucket, order = (indices.reshape(B * T, k) * N + sequence[:, None]).flatten().sort(stable=True)
     token, cu = order // k, torch.searchsorted(bucket, torch.arange(M * N + 1, device=device))
     row = torch.empty_like(order).index_copy(0, order, torch.arange(R, device=device)).view(B * T, k)

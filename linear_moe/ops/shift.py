@@ -3,6 +3,7 @@
 import torch
 
 from .check import check_shift
+from .sequences import sequence_of
 from .take import take
 
 
@@ -23,7 +24,7 @@ def token_shift(x, *, initial_state=None, return_state=False, cu_seqlens=None):
     cu_seqlens = cu_seqlens.int()
     line = torch.cat([x[0], state])  # no row of it is taken twice
     token = torch.arange(T, device=x.device, dtype=cu_seqlens.dtype)
-    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
+    sequence = sequence_of(T, cu_seqlens)
     previous = torch.where(token == cu_seqlens[sequence], T + sequence, token - 1)
     if return_state:
         own = T + torch.arange(N, device=x.device)

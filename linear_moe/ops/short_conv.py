@@ -4,6 +4,7 @@ import torch
 from torch.nn.functional import silu
 
 from .reference import compute_dtype
+from .sequences import sequence_of
 from .take import put, take
 
 
@@ -31,7 +32,7 @@ def short_conv(x, weight, *, activation="silu", initial_state=None, return_state
 def _places(cu_seqlens, T, past):
     """Where on the line lie the tokens [T], each sequence's earlier inputs [N * past] and its last ones [N * past]."""
     token = torch.arange(T, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
+    sequence = sequence_of(T, cu_seqlens)
     shift = past * torch.arange(len(cu_seqlens) - 1, device=cu_seqlens.device).unsqueeze(1)
     behind = shift + torch.arange(past, device=cu_seqlens.device)
     first, last = (ends.unsqueeze(1) + behind for ends in (cu_seqlens[:-1], cu_seqlens[1:]))

@@ -64,16 +64,9 @@ class Based(Mixer):
         x = x * x.shape[-1] ** -0.25
         return torch.cat([torch.ones_like(x[..., :1]), x, 0.5**0.5 * quadratic(x)], -1)
 
-    def recur(self, q, k, v, *, p, state, return_state, cu_seqlens, positions):
-        return normalized_attention(
-            self.feature_map(q, p).to(v.dtype),
-            self.feature_map(k, p).to(v.dtype),
-            v,
-            eps=self.config.divisor_eps,
-            initial_state=state,
-            return_state=return_state,
-            cu_seqlens=cu_seqlens,
-        )
+    def recur(self, q, k, v, *, p, scan):
+        q, k = (self.feature_map(x, p).to(v.dtype) for x in (q, k))
+        return normalized_attention(scan, q, k, v, eps=self.config.divisor_eps)
 
     def output(self, o, gate, p, routes):
         """The quotient is normalised already."""

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from linear_moe.ops import Routes, gather, short_conv
+from linear_moe.ops.sequences import Sequences
 from linear_moe.ops.shift import token_shift
 from linear_moe.ssm.declaration import check_declaration
 from linear_moe.ssm.full_state import full_state, load_full_state
 from linear_moe.ssm.mixer import Mixer, Projection
 from linear_moe.ssm.projection import FusedProjection
 from linear_moe.ssm.recompute import Recompute
-from linear_moe.ssm.sequences import sequence_positions
+from linear_moe.ssm.scan import Carried, Plain, Scan
+from linear_moe.ssm.state import MixerState, carry
 from linear_moe.ssm.stored import Stored, Tensors
 
 
@@ -184,46 +186,76 @@ class MixerCore(nn.Module):
         if self.shards != 1:
             raise ValueError(f"whole tensors need all shards, but this is shard {self.shard} of {self.shards}")
 
-    def forward(self, x: Tensor, *, routes: Routes | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-        """x ``[B, T, D]``; routes: to which memories its tokens go; cu_seqlens: int32 ``[N + 1]``, then B is 1."""
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        routes: Routes | None = None,
+        sequences: Sequences | None = None,
+        state: MixerState | None = None,
+    ) -> Tensor:
+        """x ``[B, T, D]`` -> ``[B, T, local HV * V]``.
+
+        Args:
+            routes: to which memories its tokens go. sequences: where its tokens lie; None for B whole sequences of T.
+            state: what the sequences go on from, and where what they leave is kept; None for whole sequences.
+        """
         B, T, _ = x.shape
+        sequences = Sequences.of(x) if sequences is None else sequences
+        entered = sequences  # what the rule runs on: the sequences, or under MoM the buckets' rows
+        if routes is not None:
+            entered = sequences.rows(routes, before=None if state is None else state.get("seen"))
         heads = self.heads()
         p = {name: self.replicated(value) for name, value in self.shared().items()} | self.constants
         p |= {name: heads[name].view(shape) for name, shape in self.head_shapes.items()}
-        positions = sequence_positions(B, T, cu_seqlens, x.device)
-        tokens, rows = self._project(x, p, routes, cu_seqlens)
+        tokens, rows = self._project(x, p, routes, sequences, entered, state)
         dtype = next(iter(tokens.values())).dtype  # a rule may answer in a wider one
         gate = tokens.pop(self.gate, None)
         made: list[tuple[Tensor, Callable[[], Tensor]]] = []  # what short_conv returned, and how
-        operands = {n: self._operand(n, value, heads, made, cu_seqlens, routes) for n, value in tokens.items()}
-        if routes is not None:
-            positions, cu_seqlens = positions.flatten()[routes.token].unsqueeze(0), routes.cu_seqlens
-            operands |= {n: self._operand(n, value[None], heads, made, cu_seqlens) for n, value in rows.items()}
+        operand = partial(self._operand, heads=heads, made=made, sequences=entered, state=state)
+        operands = {name: operand(name, value, routes=routes) for name, value in tokens.items()}
+        operands |= {name: operand(name, value[None]) for name, value in rows.items()}
         if self.mixer.value_residual:
             self.mixer.mix_values(operands, p, self.first_values)
+        scan = self._scan(entered, p, state)
         with Recompute(made) if self.recompute else nullcontext():
-            o, _ = self.mixer.recur(
-                **operands, p=p, state=None, return_state=False, cu_seqlens=cu_seqlens, positions=positions
-            )
+            o = self.mixer.recur(**operands, p=p, scan=scan)
+        if state is not None:
+            state.put("rule", scan.final)
+            state.put("seen", entered.after)
         if gate is not None:
             gate = gate.flatten(0, 1).unflatten(-1, (-1, self.specs[self.gate].width))
         y = self.mixer.output(o.flatten(0, 1), gate, p, routes)
         return y.to(dtype).flatten(1).unflatten(0, (B, T))
 
-    def _project(self, x: Tensor, p, routes: Routes | None, cu_seqlens: Tensor | None):
+    def _scan(self, sequences: Sequences, p: dict[str, Tensor], state: MixerState | None) -> Scan:
+        initial = None if state is None else state.get("rule")
+        if initial is None:
+            initial = self.mixer.initial_state(p, sequences.N)
+        return Plain(sequences, initial) if state is None else Carried(sequences, initial)
+
+    def _project(
+        self,
+        x: Tensor,
+        p: dict[str, Tensor],
+        routes: Routes | None,
+        sequences: Sequences,
+        entered: Sequences,
+        state: MixerState | None,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """name -> projection of the tokens ``[B, T, width]``, and name -> projection of the rows ``[R, width]``."""
         if not self.mixer.token_shift:
             rows = self.rows(x.flatten(0, 1), self.replicated, routes) if self.rows is not None else {}
             return self.tokens(x, self.replicated), rows
         writes = [n for n, s in self.specs.items() if s.role == "write"]
         names = [n for n in self.specs if routes is None or n not in writes]
-        shifted, _ = token_shift(x, cu_seqlens=cu_seqlens)
+        shifted = carry(state, "shift", partial(token_shift, x, cu_seqlens=sequences.cu_seqlens))
         tokens = self.tokens(self.mixer.mix(names, x, shifted, p), self.replicated)
         if routes is None:
             return tokens, {}
         # What enters a memory is mixed with the token that entered it before, also where memories share projections.
         x = gather(x.flatten(0, 1), routes)
-        shifted, _ = token_shift(x[None], cu_seqlens=routes.cu_seqlens)
+        shifted = carry(state, "shift_rows", partial(token_shift, x[None], cu_seqlens=entered.cu_seqlens))
         mixed = self.mixer.mix(writes, x, shifted[0], p)
         if self.rows is None:
             return tokens, self.tokens(mixed, self.replicated)
@@ -233,21 +265,23 @@ class MixerCore(nn.Module):
         self,
         name: str,
         x: Tensor,
+        *,
         heads: dict[str, Tensor],
         made: list[tuple[Tensor, Callable[[], Tensor]]],
-        cu_seqlens: Tensor | None,
+        sequences: Sequences,
+        state: MixerState | None,
         routes: Routes | None = None,
     ) -> Tensor:
         """A projection's output ``[B, T, heads * width]`` as ``[B, T, heads, width]`` for the rule; with routes, of
-        tokens for rows."""
+        tokens for rows, which lie in ``sequences``."""
         spec: Projection = self.specs[name]
         weight = heads[f"conv_{name}"] if spec.conv and self.mixer.config.conv_size else None
         if weight is not None or spec.activation or spec.normalize:
             options = {"activation": spec.activation, "normalize": spec.width if spec.normalize else None}
-            options |= {"routes": routes, "cu_seqlens": cu_seqlens if routes is None else None}
-            projected = x
-            x, _ = short_conv(projected, weight, **options)
-            made.append((x, lambda: short_conv(projected, weight, **options)[0]))
+            options |= {"routes": routes, "cu_seqlens": sequences.cu_seqlens if routes is None else None}
+            convolve = partial(short_conv, x, weight, **options)
+            x = carry(state if weight is not None else None, f"conv_{name}", convolve)
+            made.append((x, lambda: convolve()[0]))
         elif routes is not None:
             x = gather(x.flatten(0, 1), routes).unsqueeze(0)
         return x.unflatten(-1, (-1, spec.width))

@@ -12,7 +12,7 @@ from linear_moe.ssm.mixer import PER, Inner, Mixer, Projection, Role
 
 CHOICES = {"role": get_args(Role), "per": get_args(PER), "activation": ("silu", None)}
 CHOICES |= {"inner": (*get_args(Inner), None)}
-ARGUMENTS = ("p", "state", "return_state", "cu_seqlens", "positions")  # of `recur`, beside the projections
+ARGUMENTS = ("p", "scan")  # of `recur`, beside the projections
 LAYERS_OWN = ("router", "out")  # of a layer's tensors
 
 

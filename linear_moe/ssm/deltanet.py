@@ -19,15 +19,6 @@ class DeltaNet(Mixer):
             "beta": Projection(width=1, role="write"),
         }
 
-    def recur(self, q, k, v, beta, *, p, state, return_state, cu_seqlens, positions, g=None):
+    def recur(self, q, k, v, beta, *, p, scan, g=None):
         """g: a log decay for those who have one."""
-        return delta_rule(
-            q,
-            k,
-            v,
-            widen(beta.squeeze(-1)).sigmoid(),
-            g,
-            initial_state=state,
-            return_state=return_state,
-            cu_seqlens=cu_seqlens,
-        )
+        return scan(delta_rule, q, k, v, widen(beta.squeeze(-1)).sigmoid(), g)

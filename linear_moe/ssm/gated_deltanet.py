@@ -63,6 +63,6 @@ class GatedDeltaNet(DeltaNet):
     def parameters_per_head(self):
         return even_decay_parameters() if self.config.even_decays else decay_parameters()
 
-    def recur(self, q, k, v, beta, a, *, p, **options):
+    def recur(self, q, k, v, beta, a, *, p, scan):
         g = -widen(p["A_log"]).exp() * F.softplus(widen(a.squeeze(-1)) + p["dt_bias"])
-        return super().recur(q, k, v, beta, p=p, g=g, **options)
+        return super().recur(q, k, v, beta, p=p, scan=scan, g=g)

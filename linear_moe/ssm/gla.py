@@ -41,6 +41,6 @@ class GatedLinearAttention(Mixer):
     def parameters_per_head(self):
         return {"g_bias": HeadParameter(init=lambda heads: torch.zeros(heads, self.config.head_dim))}
 
-    def recur(self, q, k, v, a, *, p, state, return_state, cu_seqlens, positions):
+    def recur(self, q, k, v, a, *, p, scan):
         g = F.logsigmoid(widen(a) + p["g_bias"]) / self.config.gate_normalizer
-        return linear_attention(q, k, v, g, initial_state=state, return_state=return_state, cu_seqlens=cu_seqlens)
+        return scan(linear_attention, q, k, v, g)

@@ -53,18 +53,9 @@ class GatedSlotAttention(Mixer):
             "slots": Projection(width=self.key_channels, role="write"),
         }
 
-    def recur(self, q, k, v, slots, *, p, state, return_state, cu_seqlens, positions):
+    def recur(self, q, k, v, slots, *, p, scan):
         g = F.logsigmoid(widen(slots)) / self.config.gate_normalizer
-        return gsa(
-            q,
-            k,
-            v,
-            (-g.expm1()).to(v.dtype),
-            g,
-            initial_state=state,
-            return_state=return_state,
-            cu_seqlens=cu_seqlens,
-        )
+        return scan(gsa, q, k, v, (-g.expm1()).to(v.dtype), g)
 
     def output(self, o, gate, p, routes):
         o = o if routes is None else combine(o, routes)

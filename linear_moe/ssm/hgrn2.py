@@ -41,20 +41,11 @@ class HGRN2(Mixer):
             "lower_bound": HeadParameter(init=lambda heads: torch.full((heads, self.config.head_dim), logit)),
         }
 
-    def recur(self, q, a, v, *, p, state, return_state, cu_seqlens, positions):
+    def recur(self, q, a, v, *, p, scan):
         a = widen(a)
         g, k = F.logsigmoid(a), torch.sigmoid(-a)
         if "lower_bound" in p:  # f = lb + (1 - lb) sigmoid(a), and 1 - f without cancellation
             bound = widen(p["lower_bound"])
             g = torch.logaddexp(F.logsigmoid(bound), F.logsigmoid(-bound) + g)
             k = torch.sigmoid(-bound) * k
-        return linear_attention(
-            q,
-            k.to(q.dtype),
-            v,
-            g,
-            scale=1.0,
-            initial_state=state,
-            return_state=return_state,
-            cu_seqlens=cu_seqlens,
-        )
+        return scan(linear_attention, q, k.to(q.dtype), v, g, scale=1.0)

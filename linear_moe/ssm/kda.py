@@ -42,9 +42,9 @@ class KimiDeltaAttention(DeltaNet):
             "gate_bias": HeadParameter(init=lambda heads: torch.zeros(heads, self.config.value_head_dim)),
         }
 
-    def recur(self, q, k, v, beta, a, *, p, **options):
+    def recur(self, q, k, v, beta, a, *, p, scan):
         g = -widen(p["A_log"]).exp()[:, None] * F.softplus(widen(a) + p["dt_bias"])
-        return super().recur(q, k, v, beta, p=p, g=g, **options)
+        return super().recur(q, k, v, beta, p=p, scan=scan, g=g)
 
     def output(self, o, gate, p, routes):
         return super().output(o, gate + p["gate_bias"].to(gate.dtype), p, routes)

@@ -38,5 +38,5 @@ class Lightning(Mixer):
         depth = 1 - self.layer / max(self.num_layers - 1, 1) + 1e-5
         return {"g": HeadParameter(init=lambda heads: -alibi_slopes(heads) * depth, trainable=False)}
 
-    def recur(self, q, k, v, *, p, state, return_state, cu_seqlens, positions):
-        return linear_attention(q, k, v, p["g"], initial_state=state, return_state=return_state, cu_seqlens=cu_seqlens)
+    def recur(self, q, k, v, *, p, scan):
+        return scan(linear_attention, q, k, v, p["g"])

@@ -87,12 +87,11 @@ class LinearAttention(Mixer):
             return LEARNED[kind](x, p[f"{name}_map"], p[f"{name}_map_bias"]).to(x.dtype)
         return dpfp(x, self.config.nu) if kind == "dpfp" else FIXED[kind](x)
 
-    def recur(self, q, k, v, *, p, state, return_state, cu_seqlens, positions):
+    def recur(self, q, k, v, *, p, scan):
         q, k = self.feature_map(q, "q", p), self.feature_map(k, "k", p)
-        options = {"initial_state": state, "return_state": return_state, "cu_seqlens": cu_seqlens}
         if self.config.normalize:
-            return normalized_attention(q, k, v, eps=1e-6, **options)
-        return linear_attention(*widen_half(q, k, v), **options)
+            return normalized_attention(scan, q, k, v, eps=1e-6)
+        return scan(linear_attention, *widen_half(q, k, v))
 
 
 def widen_half(*operands):
@@ -101,17 +100,11 @@ def widen_half(*operands):
     return [x.float() if x.dtype == torch.float16 else x for x in operands]
 
 
-def normalized_attention(q, k, v, *, eps, initial_state, return_state, cu_seqlens):
+def normalized_attention(scan, q, k, v, *, eps):
     """Linear attention divided by q . (sum of k) + eps; the sum is carried as one more value column, which is always 1.
 
     Shapes as in ops.linear_attention; the state is ``[N, HV, K, V + 1]``.
     """
-    o, state = linear_attention(
-        *widen_half(q, k, torch.cat([v, torch.ones_like(v[..., :1])], -1)),
-        scale=1.0,
-        initial_state=initial_state,
-        return_state=return_state,
-        cu_seqlens=cu_seqlens,
-    )
-    o = widen(o)
-    return (o[..., :-1] / (o[..., -1:] + eps)).to(v.dtype), state
+    with_one = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+    o = widen(scan(linear_attention, *widen_half(q, k, with_one), scale=1.0))
+    return (o[..., :-1] / (o[..., -1:] + eps)).to(v.dtype)

@@ -41,20 +41,11 @@ class Mamba2(Mixer):
     def shared_parameters(self):
         return {}
 
-    def recur(self, q, k, v, dt, *, p, state, return_state, cu_seqlens, positions):
+    def recur(self, q, k, v, dt, *, p, scan):
         dt = F.softplus(widen(dt.squeeze(-1)) + p["dt_bias"])
         g = -widen(p["A_log"]).exp() * dt
-        o, state = linear_attention(
-            q,
-            k,
-            (v * dt[..., None]).to(v.dtype),
-            g,
-            scale=1.0,
-            initial_state=state,
-            return_state=return_state,
-            cu_seqlens=cu_seqlens,
-        )
-        return o + p["D"][:, None].to(v.dtype) * v, state
+        o = scan(linear_attention, q, k, (v * dt[..., None]).to(v.dtype), g, scale=1.0)
+        return o + p["D"][:, None].to(v.dtype) * v
 
     def output(self, o, gate, p, routes):
         """The gate comes first, then one RMS norm over all heads of a group."""

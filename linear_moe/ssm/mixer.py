@@ -1,6 +1,6 @@
 """The contract of a mixer: what it projects, which parameters its heads have, and its update rule.
 
-A mixer knows no process group and no kernel. It declares its parts for ALL heads of the model; the layer
+A mixer knows no process group, no kernel and no state. It declares its parts for ALL heads of the model; the layer
 (``ssm/core.py``) builds them for the heads that live on this rank, so tensor parallelism, checkpoints and
 Mixture-of-Memories come for free. Inside ``recur`` and ``output`` every tensor has the local heads only.
 """
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from linear_moe.ops import Routes, gated_norm, widen
+from linear_moe.ssm.scan import Scan
 
 Role = Literal["read", "write", "gate"]
 PER = Literal["key", "value"]
@@ -210,27 +211,25 @@ class Mixer:
         of the dictionaries. Called before ``recur`` where ``value_residual`` is True."""
         raise NotImplementedError
 
-    def recur(
-        self,
-        *operands: Tensor,
-        p: Mapping[str, Tensor],
-        state: Tensor | None,
-        return_state: bool,
-        cu_seqlens: Tensor | None,
-        positions: Tensor,
-    ) -> tuple[Tensor, Tensor | None]:
+    def initial_state(self, p: Mapping[str, Tensor], N: int):
+        """What the rule starts N sequences from: its state, ``[N, ...]``; None for zeros."""
+        return None
+
+    def recur(self, *operands: Tensor, p: Mapping[str, Tensor], scan: Scan) -> Tensor:
         """From the read and write operands (keyword arguments, by projection name) to the memory's answer.
+
+        It says which rule runs on which operands, by one call of ``scan(rule, *operands, **options) -> o``; how it is
+        run, whole sequences or from a state, is the layer's affair.
 
         Args:
             operands: ``[B, T, heads, width]`` each, after convolution, activation and normalisation. A subclass names
                 them.
             p: the parameters, by name.
-            state: ``[N, HV, K, V]``, or whatever the mixer itself returned as its state, or None; return_state:
-                whether the final state is wanted.
-            cu_seqlens: int32 ``[N + 1]`` or None; positions: int64 ``[B, T]``, each token's place in its sequence.
+            scan: see scan.py. ``scan.sequences`` tells where tokens lie: ``positions`` in their documents, for rotary
+                embeddings, and ``places`` in what the rule runs on, both int64 ``[B, T]``.
 
         Returns:
-            o ``[B, T, HV, V]`` and the final state (None unless wanted).
+            ``[B, T, HV, V]``.
         """
         raise NotImplementedError
 

@@ -37,7 +37,6 @@ class ReBased(Based):
         x = F.layer_norm(widen(x), x.shape[-1:]) * widen(p["gamma"]) + widen(p["beta"])
         return quadratic(x * x.shape[-1] ** -0.25)
 
-    def recur(self, q, k, v, **options):
+    def recur(self, q, k, v, *, p, scan):
         """In float32: phi's terms have both signs, and in bfloat16 the sum of squares would drown in their rounding."""
-        o, state = super().recur(q, k, widen(v), **options)
-        return o.to(v.dtype), state
+        return super().recur(q, k, widen(v), p=p, scan=scan).to(v.dtype)

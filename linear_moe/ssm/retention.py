@@ -37,6 +37,6 @@ class Retention(Mixer):
             "g": HeadParameter(init=lambda heads: (-(2.0 ** (-5.0 - torch.arange(heads)))).log1p(), trainable=False)
         }
 
-    def recur(self, q, k, v, *, p, state, return_state, cu_seqlens, positions):
-        q, k = (rotary(x, positions, self.config.rotary_base) for x in (q, k))
-        return linear_attention(q, k, v, p["g"], initial_state=state, return_state=return_state, cu_seqlens=cu_seqlens)
+    def recur(self, q, k, v, *, p, scan):
+        q, k = (rotary(x, scan.sequences.positions, self.config.rotary_base) for x in (q, k))
+        return scan(linear_attention, q, k, v, p["g"])

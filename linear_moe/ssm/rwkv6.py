@@ -114,18 +114,8 @@ class RWKV6(RWKV):
             mixed[name] = x + delta * (p[f"mix_{name}"] + F.linear(low, p[f"mix_up_{name}"]))
         return mixed
 
-    def recur(self, q, w, k, v, *, p, state, return_state, cu_seqlens, positions):
-        return rwkv6(
-            q,
-            k,
-            v,
-            -(widen(p["w0"]) + widen(w)).exp(),
-            p["u"],
-            scale=1.0,
-            initial_state=state,
-            return_state=return_state,
-            cu_seqlens=cu_seqlens,
-        )
+    def recur(self, q, w, k, v, *, p, scan):
+        return scan(rwkv6, q, k, v, -(widen(p["w0"]) + widen(w)).exp(), p["u"], scale=1.0)
 
     def output(self, o, gate, p, routes):
         o = o if routes is None else combine(o, routes)

@@ -115,25 +115,15 @@ class RWKV7(RWKV):
         nu = torch.sigmoid(widen(operands.pop("nu")) + widen(p["nu0"])).to(operands["v"].dtype)
         operands["v"] = torch.lerp(operands["v"], first["v"], nu)
 
-    def recur(self, q, w, k, v, iclr, *, p, state, return_state, cu_seqlens, positions):
+    def recur(self, q, w, k, v, iclr, *, p, scan):
         g = STRONGEST_DECAY * torch.sigmoid(widen(w) + widen(p["w0"]))
         rate = torch.sigmoid(widen(iclr) + widen(p["iclr0"]))
         erase = F.normalize(widen(k) * widen(p["xi"]), dim=-1)
         k = widen(k) * (1 + (rate - 1) * widen(p["alpha"]))
         bonus = (widen(q) * k * widen(p["bonus"])).sum(-1, keepdim=True) * widen(v)
-        o, state = dplr(
-            q,
-            k.to(v.dtype),
-            v,
-            (-erase).to(v.dtype),
-            (erase * rate).to(v.dtype),
-            g,
-            scale=1.0,
-            initial_state=state,
-            return_state=return_state,
-            cu_seqlens=cu_seqlens,
-        )
-        return torch.cat([o, bonus.to(o.dtype)], -1), state
+        k, a, b = (x.to(v.dtype) for x in (k, -erase, erase * rate))
+        o = scan(dplr, q, k, v, a, b, g, scale=1.0)
+        return torch.cat([o, bonus.to(o.dtype)], -1)
 
     def output(self, o, gate, p, routes):
         o, bonus = (o if routes is None else combine(o, routes)).chunk(2, -1)

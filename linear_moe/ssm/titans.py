@@ -7,7 +7,6 @@ import torch.nn.functional as F
 
 from linear_moe.ops import titans_linear, widen
 from linear_moe.ssm.mixer import HeadParameter, Mixer, Projection, require_equal_heads
-from linear_moe.ssm.sequences import tokens_seen
 
 MINI_BATCH = 16
 
@@ -57,11 +56,10 @@ class Titans(Mixer):
 
         return {"alpha_bias": logit(self.config.forget), "eta_bias": logit(self.config.momentum)}
 
-    def recur(self, q, k, v, theta, alpha, eta, *, p, state, return_state, cu_seqlens, positions):
-        memory, seen = (None, None) if state is None else state
-        _, total = tokens_seen(*v.shape[:2], cu_seqlens, seen, v.device)
+    def recur(self, q, k, v, theta, alpha, eta, *, p, scan):
         theta, alpha, eta = (widen(x.squeeze(-1)) for x in (theta, alpha, eta))
-        o, memory = titans_linear(
+        return scan(
+            titans_linear,
             q,
             k,
             v,
@@ -69,9 +67,4 @@ class Titans(Mixer):
             F.logsigmoid(-alpha - widen(p["alpha_bias"])),
             F.logsigmoid(eta + widen(p["eta_bias"])),
             mini_batch=MINI_BATCH,
-            initial_state=memory,
-            offset=None if seen is None else seen % MINI_BATCH,
-            return_state=return_state,
-            cu_seqlens=cu_seqlens,
         )
-        return o, (memory, total) if return_state else None

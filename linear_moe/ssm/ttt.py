@@ -8,7 +8,6 @@ from torch import Tensor
 
 from linear_moe.ops import ttt_linear, widen
 from linear_moe.ssm.mixer import HeadParameter, Mixer, Projection, require_equal_heads
-from linear_moe.ssm.sequences import tokens_seen
 
 MINI_BATCH = 16
 
@@ -73,33 +72,28 @@ class TTTLinear(Mixer):
         """place: the factor of the mini-batch's n-th token, 1 / n at the start."""
         return {**super().shared_parameters(), "place": lambda: 1 / torch.arange(1, MINI_BATCH + 1)}
 
-    def recur(self, q, k, v, rate, *, p, state, return_state, cu_seqlens, positions):
+    def initial_state(self, p, N):
+        """The learned weights, and no gradients yet."""
+        weights = widen(p["first_weights"])
+        return torch.stack([weights, torch.zeros_like(weights)], 1).expand(N, -1, -1, -1, -1)
+
+    def recur(self, q, k, v, rate, *, p, scan):
         c, (B, T, H, D) = self.config, v.shape
-        if state is None:
-            seen, memory = None, widen(p["first_weights"])
-            memory = torch.stack([memory, torch.zeros_like(memory)], 1)
-            memory = memory.expand(B if cu_seqlens is None else len(cu_seqlens) - 1, *memory.shape)
-        else:
-            memory, seen = state
         eta = c.learning_rate / D * torch.sigmoid(widen(rate.squeeze(-1)) + widen(p["rate_bias"]))
-        place, total = tokens_seen(B, T, cu_seqlens, seen, v.device)
-        factor = widen(p["place"]).clamp(min=0)
+        factor = widen(p["place"]).clamp(min=0)[scan.sequences.places % MINI_BATCH]
         weight, bias = widen(p["inner_weight"]), widen(p["inner_bias"])
-        o, memory = ttt_linear(
+        o = scan(
+            ttt_linear,
             q,
             k,
             v,
             eta,
-            factor[place % MINI_BATCH].unsqueeze(-1).expand(B, T, H),
+            factor.unsqueeze(-1).expand(B, T, H),
             weight,
             bias,
             eps=c.inner_eps,
             scale=1.0,
             mini_batch=MINI_BATCH,
-            initial_state=memory,
-            offset=None if seen is None else seen % MINI_BATCH,
-            return_state=return_state,
-            cu_seqlens=cu_seqlens,
         )
         o = widen(q) + F.layer_norm(widen(o), (D,), eps=c.inner_eps) * weight + bias
-        return o.to(v.dtype), (memory, total) if return_state else None
+        return o.to(v.dtype)

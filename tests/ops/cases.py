@@ -70,7 +70,7 @@ def assert_close(result, reference, forward, gradient, scales=None):
     assert result.keys() == reference.keys()
     assert all(y.isfinite().all() for y in result.values()), "nan or inf"
     found = {name: rel_err(result[name], reference[name], (scales or {}).get(name)) for name in reference}
-    limits = {name: forward if name in ("o", "state") else gradient for name in found}
+    limits = {name: forward if name in ("o", "state", "transition") else gradient for name in found}
     wrong = {name: f"{error:.1e}" for name, error in found.items() if not error < limits[name]}
     assert not wrong, f"relative errors (forward < {forward:.0e}, gradients < {gradient:.0e}): {wrong}"
 

@@ -5,9 +5,9 @@ import torch
 
 from linear_moe.mom import MoMConfig, Router, make_routes
 from linear_moe.ops import route
+from linear_moe.ops.sequences import Sequences
 from linear_moe.ssm import MIXERS, mixer_class
 from linear_moe.ssm.core import MixerCore
-from linear_moe.ssm.sequences import sequence_positions
 from tests.helpers import rel_err
 from tests.mixers import Toy
 
@@ -42,9 +42,10 @@ def test_one_memory_is_the_plain_mixer(name, pack, single_kv, seed):
     B, T = (1, 90) if pack else (2, 45)
     cu = torch.tensor([0, 30, 30, 90], dtype=torch.int32) if pack else None
     x = torch.randn(B, T, D, dtype=torch.float64, requires_grad=True)
-    y = plain(x, cu_seqlens=cu)
+    sequences = Sequences.of(x, cu)
+    y = plain(x, sequences=sequences)
     routes = make_routes(router(x.flatten(0, 1)), mom, (B, T), cu, 0.0)
-    routed = many(x, routes=routes, cu_seqlens=cu)
+    routed = many(x, routes=routes, sequences=sequences)
     assert rel_err(routed, y) < 1e-13
     direction = torch.randn_like(y)
     (dx,) = torch.autograd.grad((y * direction).sum(), x)
@@ -160,7 +161,7 @@ class Before(Toy):
         return dict.fromkeys(names, previous)
 
     def recur(self, q, k, v, **options):
-        return v.repeat(1, 1, 1, 2) if q.shape[-1] > v.shape[-1] else v, None
+        return v.repeat(1, 1, 1, 2) if q.shape[-1] > v.shape[-1] else v
 
     def output(self, o, gate, p, routes):
         return o
@@ -193,7 +194,7 @@ def test_token_shift_keeps_to_sequences_and_buckets(pack, single_kv, seed):
     core.mixer.output = lambda o, gate, p, routes: o[:20]
     core(x, routes=routes)
     assert torch.equal(rows[0][0, :, 0][routes.row], expected)
-    plain = core(x, cu_seqlens=cu) if single_kv else None
+    plain = core(x, sequences=Sequences.of(x, cu)) if single_kv else None
     if plain is not None:
         before = torch.where(
             (sequence == sequence.roll(1))[:, None] & (torch.arange(20) > 0)[:, None], x[0].roll(1, 0), 0
@@ -225,12 +226,6 @@ def test_value_residual_mixes_the_first_layers_values(seed):
     assert rel_err(seen[1]["v"], v + nu * (seen[0]["v"] - v)) < 1e-13
     y.sum().backward()
     assert cores[0].tokens.weight.grad.any()  # through the second layer's values
-
-
-def test_positions_of_packed_sequences():
-    cu = torch.tensor([0, 0, 3, 3, 5], dtype=torch.int32)
-    assert sequence_positions(1, 5, cu, "cpu").tolist() == [[0, 1, 2, 0, 1]]
-    assert sequence_positions(2, 3, None, "cpu").tolist() == [[0, 1, 2]] * 2
 
 
 def test_heads_must_divide():

@@ -47,7 +47,7 @@ SLIPS = {  # name: (declaration, message)
     "width": ({"projections": write(width=0)}, "'k': width must be at least 1, but is 0"),
     "low_rank": ({"projections": write(low_rank=-1)}, "'k': low_rank must be at least 0, but is -1"),
     "two gates": ({"projections": {"gate": GATE, "other": GATE}}, "at most one .* the role gate, but gate, other have"),
-    "an argument of recur": ({"projections": {"state": WRITE}}, "projection 'state' has a name that is already used"),
+    "an argument of recur": ({"projections": {"scan": WRITE}}, "projection 'scan' has a name that is already used"),
     "no name": ({"projections": {"a.b": WRITE}}, "'a.b' must have a name that can be a Python argument"),
     "head per": ({"heads": {"a": HeadParameter(init=torch.zeros, per="all")}}, "parameter 'a': per must be one of"),
     "head named as shared": ({"heads": {"norm": ONE_EACH}}, "shared parameter 'norm' has a name that is already used"),

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from linear_moe.ops.sequences import Sequences
 from linear_moe.ssm import mixer_class
 from linear_moe.ssm.core import MixerCore
 from linear_moe.ssm.linear_attention import normalized_attention
+from linear_moe.ssm.scan import Plain
 from tests.helpers import fresh_seed, rel_err
 
 OPTIONS = {
@@ -19,7 +21,7 @@ OPTIONS = {
 def test_the_quotient_of_ones_is_one():
     """q . (sum of k) is 64 t at token t: infinite in float16 from t = 1024 on."""
     ones = torch.ones(1, 1500, 1, 64, dtype=torch.float16)
-    o, _ = normalized_attention(ones, ones, ones, eps=1e-6, initial_state=None, return_state=False, cu_seqlens=None)
+    o = normalized_attention(Plain(Sequences.of(ones)), ones, ones, ones, eps=1e-6)
     assert o.dtype == torch.float16 and torch.equal(o, ones)
 
 

@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
+from linear_moe.ops.sequences import Sequences
 from linear_moe.ssm import MIXERS, mixer_class
 from linear_moe.ssm.lightning import alibi_slopes
 from linear_moe.ssm.mixer import rotary
+from linear_moe.ssm.scan import Carried, Plain
 from tests.helpers import rel_err
 
 T, H, HV, K, V = 33, 2, 4, 6, 5
@@ -163,44 +165,21 @@ def test_mixer_computes_its_formula(name, seed):
     x = {n: torch.randn(T, mixer.heads(s.per), s.width, dtype=torch.float64) for n, s in specs.items()}
     p = {n: s.init(mixer.heads(s.per)).double() for n, s in mixer.parameters_per_head().items()}
     p |= {n: init().double() for n, init in mixer.shared_parameters().items()}
-    o, _ = mixer.recur(  # the layer normalises what the projections say
-        **{n: (l2(value) if specs[n].normalize else value)[None] for n, value in x.items()},
-        p=p,
-        state=None,
-        return_state=False,
-        cu_seqlens=None,
-        positions=torch.arange(T)[None],
-    )
+    # The layer normalises what the projections say
+    operands = {n: (l2(value) if specs[n].normalize else value)[None] for n, value in x.items()}
+    o = mixer.recur(**operands, p=p, scan=Plain(Sequences.of(operands["v"]), mixer.initial_state(p, 1)))
     assert rel_err(o[0], expected(name, x, p)) < 1e-6  # rotary angles are float32
 
 
-@pytest.mark.parametrize("name", MIXERS)
-def test_state_carries_a_sequence(name, seed):
-    """Two halves, the second from the first one's state, are the whole."""
-    cls = mixer_class(name)
-    mixer = cls(cls.make_config(32, 4, {}), layer=1, num_layers=4)
-    specs = {n: s for n, s in mixer.projections().items() if s.role != "gate"}
-    x = {n: torch.randn(1, T, mixer.heads(s.per), s.width, dtype=torch.float64) for n, s in specs.items()}
-    p = {n: s.init(mixer.heads(s.per)).double() for n, s in mixer.parameters_per_head().items()}
-    p |= {n: init().double() for n, init in mixer.shared_parameters().items()}
-
-    def run(start, stop, state):
-        part = {n: value[:, start:stop] for n, value in x.items()}
-        positions = torch.arange(start, stop)[None]
-        return mixer.recur(**part, p=p, state=state, return_state=True, cu_seqlens=None, positions=positions)
-
-    whole, final = run(0, T, None)
-    first, state = run(0, 20, None)
-    second, last = run(20, T, state)
-    assert rel_err(torch.cat([first, second], 1), whole) < 1e-9
-    for ours, theirs in zip(tree_leaves(last), tree_leaves(final), strict=True):
-        assert rel_err(ours, theirs) < 1e-9
+def carried(mixer, x, p, cu_seqlens=None, initial=None, before=None):
+    """The mixer's answer, and the states that the sequences of x end in."""
+    sequences = Sequences.of(x["v"], cu_seqlens, before)
+    scan = Carried(sequences, mixer.initial_state(p, sequences.N) if initial is None else initial)
+    return mixer.recur(**x, p=p, scan=scan), scan.final
 
 
-@pytest.mark.parametrize("name", MIXERS)
-def test_states_in_packs(name, seed):
-    """Each sequence of a pack, empty ones among them, goes on from the state given to it and leaves the one that it
-    would leave alone."""
+def drawn(name):
+    """A mixer, its parameters and a function that draws operands of T tokens."""
     cls = mixer_class(name)
     mixer = cls(cls.make_config(32, 4, {}), layer=1, num_layers=4)
     specs = {n: s for n, s in mixer.projections().items() if s.role != "gate"}
@@ -210,21 +189,39 @@ def test_states_in_packs(name, seed):
     def draw(T):
         return {n: torch.randn(1, T, mixer.heads(s.per), s.width, dtype=torch.float64) for n, s in specs.items()}
 
-    def run(x, state, before):
-        positions = before + torch.arange(x["v"].shape[1])[None]
-        return mixer.recur(**x, p=p, state=state, return_state=True, cu_seqlens=None, positions=positions)
+    return mixer, p, draw
 
-    lengths, seen = (0, 5, 0, 17, 1, 0), (3, 18, 0, 1, 16, 20)
-    before = [run(draw(n), None, 0)[1] for n in seen]
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_state_carries_a_sequence(name, seed):
+    """Two parts, the second from the first one's state, are the whole."""
+    mixer, p, draw = drawn(name)
+    x = draw(T)
+    whole, final = carried(mixer, x, p)
+    parts = [{n: value[:, part] for n, value in x.items()} for part in (slice(20), slice(20, T))]
+    first, state = carried(mixer, parts[0], p)
+    second, last = carried(mixer, parts[1], p, initial=state, before=torch.tensor([20]))
+    assert rel_err(torch.cat([first, second], 1), whole) < 1e-9
+    for ours, theirs in zip(tree_leaves(last), tree_leaves(final), strict=True):
+        assert rel_err(ours, theirs) < 1e-9
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_states_in_packs(name, seed):
+    """Each sequence of a pack, those that begin and empty ones among them, goes on from the state given to it and
+    leaves the one that it would leave alone."""
+    mixer, p, draw = drawn(name)
+    lengths, seen = (0, 5, 0, 17, 1, 0, 9), (3, 18, 0, 1, 16, 20, 0)
+    before = [carried(mixer, draw(n), p)[1] for n in seen]
     parts = [draw(n) for n in lengths]
-    alone = [run(x, state, n) for x, state, n in zip(parts, before, seen)]
-    o, states = mixer.recur(
-        **{n: torch.cat([x[n] for x in parts], 1) for n in specs},
-        p=p,
-        state=tree_map(lambda *each: torch.cat(each), *before),
-        return_state=True,
-        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32),
-        positions=torch.cat([n + torch.arange(length) for n, length in zip(seen, lengths)])[None],
+    alone = [carried(mixer, x, p, initial=state, before=torch.tensor([n])) for x, state, n in zip(parts, before, seen)]
+    o, states = carried(
+        mixer,
+        {n: torch.cat([x[n] for x in parts], 1) for n in parts[0]},
+        p,
+        torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32),
+        tree_map(lambda *each: torch.cat(each), *before),
+        torch.tensor(seen),
     )
     assert rel_err(o, torch.cat([answer for answer, _ in alone], 1)) < 1e-9
     expected = tree_map(lambda *each: torch.cat(each), *(state for _, state in alone))
@@ -233,6 +230,18 @@ def test_states_in_packs(name, seed):
     for n, (_, state), given in zip(lengths, alone, before):
         if not n:
             assert all(torch.equal(a, b) for a, b in zip(tree_leaves(state), tree_leaves(given), strict=True))
+
+
+def test_a_mixer_runs_one_rule(seed):
+    _, p, draw = drawn("gla")
+    mixer = TwoRules(TwoRules.make_config(32, 4, {}), layer=1, num_layers=4)
+    with pytest.raises(ValueError, match="recur called scan twice"):
+        carried(mixer, draw(3), p)
+
+
+class TwoRules(mixer_class("gla")):
+    def recur(self, *operands, **options):
+        return super().recur(*operands, **options) + super().recur(*operands, **options)
 
 
 def test_alibi_slopes():
@@ -282,7 +291,7 @@ def test_feature_maps(feature_map, normalize, seed):
     q, k = torch.randn(2, 1, T, HV, K, dtype=torch.float64)
     v = torch.randn(1, T, HV, V, dtype=torch.float64)
     p = {n: torch.randn_like(init(), dtype=torch.float64) for n, init in mixer.shared_parameters().items()}
-    o, state = mixer.recur(q, k, v, p=p, state=None, return_state=True, cu_seqlens=None, positions=None)
+    o, state = carried(mixer, {"q": q, "k": k, "v": v}, p)
     maps = {
         "relu": lambda x, name: x.relu(),
         "dpfp": lambda x, name: dpfp(x, 3),
@@ -305,13 +314,9 @@ def hedgehog(y):
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_state_has_the_size_it_says(name):
-    cls = mixer_class(name)
-    mixer = cls(cls.make_config(32, 4, {}), layer=1, num_layers=4)
-    x = {n: torch.randn(1, 3, mixer.heads(s.per), s.width) for n, s in mixer.projections().items() if s.role != "gate"}
-    p = {n: s.init(mixer.heads(s.per)) for n, s in mixer.parameters_per_head().items()}
-    p |= {n: init() for n, init in mixer.shared_parameters().items()}
-    _, state = mixer.recur(**x, p=p, state=None, return_state=True, cu_seqlens=None, positions=torch.arange(3)[None])
-    assert sum(leaf.numel() for leaf in tree_leaves(state) if leaf.is_floating_point()) == mixer.state_size
+    mixer, p, draw = drawn(name)
+    _, state = carried(mixer, draw(3), p)
+    assert sum(leaf.numel() for leaf in tree_leaves(state)) == mixer.state_size
 
 
 def test_linear_attention_normalised_is_an_average(seed):
@@ -319,7 +324,7 @@ def test_linear_attention_normalised_is_an_average(seed):
     mixer = cls(cls.make_config(32, 4, {"normalize": True}))
     q, k = torch.randn(2, 1, T, 4, 8, dtype=torch.float64)
     v = torch.full((1, T, 4, 8), math.pi, dtype=torch.float64)
-    o, _ = mixer.recur(q, k, v, p={}, state=None, return_state=False, cu_seqlens=None, positions=None)
+    o, _ = carried(mixer, {"q": q, "k": k, "v": v}, {})
     assert rel_err(o, v) < 1e-5
 
 

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..sequences import remembered
 from .launch import configure, kernel, launch
 
 
@@ -23,10 +24,14 @@ class Chunks:
         else:
             self.N, self.per_sequence = len(cu_seqlens) - 1, 0
             self.count = T // C + self.N
-            self.table = cu_seqlens.new_empty(self.count, 2)
-            self.starts = torch.empty_like(cu_seqlens)
-            options = configure("chunk_table", 0, 0, cu_seqlens.device)
-            launch(_chunk_table, (self.N + 1,), cu_seqlens, self.table, self.starts, self.count, self.N, C=C, **options)
+            self.table, self.starts = remembered(cu_seqlens, ("chunks", T, C), self._tables)
+
+    def _tables(self):
+        cu_seqlens = self.cu_seqlens
+        table, starts = cu_seqlens.new_empty(self.count, 2), torch.empty_like(cu_seqlens)
+        options = configure("chunk_table", 0, 0, cu_seqlens.device)
+        launch(_chunk_table, (self.N + 1,), cu_seqlens, table, starts, self.count, self.N, C=self.C, **options)
+        return table, starts
 
 
 @kernel

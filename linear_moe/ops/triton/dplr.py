@@ -178,9 +178,8 @@ def scan_forward(
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Writes o [tokens, H, V], or in the pass for states (where o is None), which the backward begins with, `states`
-    [chunks, H, K, V] before every chunk and u [tokens, H, V]. `final` [N, H, K, V] may be None. WIDE as in scan.py."""
-    FOR_STATES: tl.constexpr = o is None
+    """Writes what is not None: o [tokens, H, V]; in the pass that the backward begins with, `states` [chunks, H, K, V]
+    before every chunk and u [tokens, H, V]; `final` [N, H, K, V]. WIDE as in scan.py."""
     NV: tl.constexpr = (V + BV - 1) // BV
     i_nh = tl.program_id(0) // NV
     i_v = (tl.program_id(0) % NV) * BV + tl.arange(0, BV)
@@ -200,11 +199,11 @@ def scan_forward(
         # [2C, BV]
         b_v = load_half(v, first, rows, i_h, i_v, H, V, C, 0)
         b_S_read = dot(b_xw.to(WIDE), b_S, PRECISION)
-        if FOR_STATES:
+        if states is not None:
             store_state(states, b_S, i_c * H + i_h, i_k, i_v, K, V)
             b_Y = load_half(Y, first, rows, i_h, i_r, H, C, C, 1)
             store_half(u, b_S_read + dot(b_Y, b_v, PRECISION), first, rows, i_h, i_v, H, V, C, 1)
-        else:
+        if o is not None:
             b_A = load_half(A, first, rows, 2 * i_h, i_r, 2 * H, C, C, 0)
             b_o = scale * (b_S_read + dot(b_A, b_v, PRECISION))
             store_half(o, b_o, first, rows, i_h, i_v, H, V, C, 0)
@@ -350,7 +349,7 @@ SIZES = ("H", "K", "C", "PRECISION")
 SCAN = (*SIZES, "V", "BK", "WIDE")
 
 
-class _Prepared:
+class Prepared:
     """What `prepare` leaves for the scans; for those of the backward where P is given."""
 
     def __init__(self, p, q, k, a, b, g, P=None):
@@ -371,6 +370,10 @@ class _Prepared:
     def scan_for_states(self, p, v, initial, states, u):
         """The pass that the backward begins with: fills the states before every chunk, and u."""
         self._scan(p, v, initial, None, states, u, None)
+
+    def scan_for_summary(self, p, v, initial, final):
+        """The pass that keeps nothing of a chunk: fills final."""
+        self._scan(p, v, initial, None, None, None, final)
 
     def _scan(self, p, v, initial, o, states, u, final):
         options = p.configure("scan_forward", BV=p.V)
@@ -393,7 +396,7 @@ class _Rule(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, a, b, g, initial, cu_seqlens, scale, return_state):
         p = Problem(k, v, scale, cu_seqlens, tuned_as="dplr_{}")
-        prepared = _Prepared(p, q, k, a, b, g)
+        prepared = Prepared(p, q, k, a, b, g)
         o, final = torch.empty_like(v), p.states(p.N) if return_state else None
         prepared.scan_for_outputs(p, v, initial, o, final)
         ctx.save_for_backward(q, k, v, a, b, g, initial, prepared.P)
@@ -407,20 +410,26 @@ class _Rule(torch.autograd.Function):
         q, k, v, a, b, g, initial, P = ctx.saved_tensors
         p = ctx.problem
         do, dfinal = contiguous(torch.zeros_like(v) if do is None else do, dfinal)
-        prepared = _Prepared(p, q, k, a, b, g, P)
-        states, dstates = (p.states(p.chunks.count, p.wide) for _ in range(2))
-        u, dv, du = (torch.empty_like(v) for _ in range(3))
-        dinitial = None if initial is None else torch.empty_like(initial)
-        prepared.scan_for_states(p, v, initial, states, u)
-        prepared.scan_back(p, do, dfinal, dv, du, dstates, dinitial)
-        dq, dk, da, db, dg = (torch.empty_like(x) for x in (q, k, a, b, g))
-        options = p.configure("gradients", BK=p.K, BV=p.V)
-        launch(
-            gradients, (p.chunks.count * p.H * triton.cdiv(p.K, options["BK"]),), q, k, a, b, g, v, u, do, du, states,
-            dstates, dq, dk, da, db, dg, p.chunks.table, p.scale, p.T, p.chunks.per_sequence,
-            **p.sizes(*SIZES, "LEVELS", "V", "WIDE"), **options,
-        )  # fmt: skip
-        return dq, dk, dv, da, db, dg, dinitial, None, None, None
+        prepared = Prepared(p, q, k, a, b, g, P)
+        gradients = backward(p, prepared, q, k, v, a, b, g, initial, do, dfinal)
+        return *gradients, None, None, None
+
+
+def backward(p, prepared, q, k, v, a, b, g, initial, do, dfinal):
+    """The gradients (dq, dk, dv, da, db, dg, dinitial)."""
+    states, dstates = (p.states(p.chunks.count, p.wide) for _ in range(2))
+    u, dv, du = (torch.empty_like(v) for _ in range(3))
+    dinitial = None if initial is None else torch.empty_like(initial)
+    prepared.scan_for_states(p, v, initial, states, u)
+    prepared.scan_back(p, do, dfinal, dv, du, dstates, dinitial)
+    dq, dk, da, db, dg = (torch.empty_like(x) for x in (q, k, a, b, g))
+    options = p.configure("gradients", BK=p.K, BV=p.V)
+    launch(
+        gradients, (p.chunks.count * p.H * triton.cdiv(p.K, options["BK"]),), q, k, a, b, g, v, u, do, du, states,
+        dstates, dq, dk, da, db, dg, p.chunks.table, p.scale, p.T, p.chunks.per_sequence,
+        **p.sizes(*SIZES, "LEVELS", "V", "WIDE"), **options,
+    )  # fmt: skip
+    return dq, dk, dv, da, db, dg, dinitial
 
 
 def dplr(q, k, v, a, b, g, *, scale, initial_state=None, return_state=False, cu_seqlens=None):

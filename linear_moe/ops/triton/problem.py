@@ -1,5 +1,7 @@
 """One call of a rule: the sizes, dtypes and layout that all of its kernels' launches have in common."""
 
+from copy import copy
+
 import torch
 import triton
 import triton.language as tl
@@ -39,6 +41,12 @@ class Problem:
         # the dtype of products with the state: float16 could not hold it
         self.wide = torch.bfloat16 if v.dtype == torch.bfloat16 else torch.float32
         self.precision = precision(v.dtype, v.device)
+
+    def with_values(self, V):
+        """The same problem, in the same chunks, with V value channels."""
+        other = copy(self)
+        other.V = V
+        return other
 
     def configure(self, name, **widths):
         """The tuned options of a kernel; tiles no wider than the widths of that name."""

@@ -57,18 +57,22 @@ class Prepared:
 
     def scan_for_outputs(self, p, v, beta, initial, o, final):
         """The forward's pass: fills o, and final unless it is None."""
-        self._scan(p, v, beta, initial, o, None, None, final)
+        self._scan(p, v, beta, initial, o, None, None, final, None)
 
     def scan_for_states(self, p, v, beta, initial, states, r, final=None):
         """The pass that the backward begins with: fills the states before every chunk, the delta rule's r, and final
         unless it is None."""
-        self._scan(p, v, beta, initial, None, states, r, final)
+        self._scan(p, v, beta, initial, None, states, r, final, None)
 
-    def _scan(self, p, v, beta, initial, o, states, r, final):
+    def scan_for_summary(self, p, v, beta, initial, final, transition=None):
+        """The pass that keeps nothing of a chunk: fills final and, unless it is None, the transition of a decay."""
+        self._scan(p, v, beta, initial, None, None, None, final, transition)
+
+    def _scan(self, p, v, beta, initial, o, states, r, final, transition):
         options = p.configure("scan_forward", BV=p.V)
         launch(
             scan_forward, (p.N * p.HV * triton.cdiv(p.V, options["BV"]),), self.q_read, self.k_read, self.k_write, v,
-            beta, self.A, self.P, self.from_start, self.to_end, self.whole, initial, o, states, r, final,
+            beta, self.A, self.P, self.from_start, self.to_end, self.whole, initial, o, states, r, final, transition,
             p.cu_seqlens, p.chunks.starts, p.scale, p.T, p.chunks.per_sequence,
             **p.sizes(*SCAN) | {"H": self.heads}, **options,
         )  # fmt: skip

@@ -71,15 +71,15 @@ def whole_decay(whole, i_c, i_h, i_k, HV: tl.constexpr, K: tl.constexpr, DECAY: 
 
 @kernel
 def scan_forward(
-    q_read, k_read, k_write, v, beta, A, P, from_start, to_end, whole, initial, o, states, r, final, cu_seqlens, starts,
-    scale, T, NC, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, DELTA: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    q_read, k_read, k_write, v, beta, A, P, from_start, to_end, whole, initial, o, states, r, final, transition,
+    cu_seqlens, starts, scale, T, NC, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, DELTA: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Writes o [tokens, HV, V], or in the pass for states (where o is None), which the backward begins with, `states`
-    [chunks, HV, K, V] before every chunk and, for the delta rule, r [tokens, HV, V]. `final` [N, HV, K, V] may be None.
-    WIDE: the dtype of products with the state (float32 where the inputs' could not hold it)."""
-    FOR_STATES: tl.constexpr = o is None
+    """Writes what is not None: o [tokens, HV, V]; in the pass that the backward begins with, `states`
+    [chunks, HV, K, V] before every chunk and, for the delta rule, r [tokens, HV, V]; `final` [N, HV, K, V];
+    `transition` [N, HV, K or 1], the decay of the whole sequence. q_read and A are read for o alone. WIDE: the dtype of
+    products with the state (float32 where the inputs' could not hold it)."""
     NV: tl.constexpr = (V + BV - 1) // BV
     i_nh = tl.program_id(0) // NV
     i_v = (tl.program_id(0) % NV) * BV + tl.arange(0, BV)
@@ -89,16 +89,20 @@ def scan_forward(
     S = tl.zeros([BK, BV], tl.float32)
     if initial is not None:
         S = load_state(initial, i_nh, i_k, i_v, K, V).to(tl.float32)
+    if transition is not None:
+        left = tl.full([BK if DECAY == CHANNEL else 1, 1], 1, tl.float32)
     for i in range(0, length, C):
         rows = tl.minimum(length - i, C)
         decay = whole_decay(whole, i_c, i_h, i_k, HV, K, DECAY)
+        if transition is not None:
+            left *= decay
         # [C, BK]
         b_write = load_tile(k_write, first, rows, i_h // (HV // H), i_k, H, K, C)
         # [C, BV]
         b_v = load_tile(v, first, rows, i_h, i_v, HV, V, C)
         b_S = S.to(WIDE)
         b_from = row_decay(from_start, first, rows, i_h, HV, C)
-        if FOR_STATES:
+        if states is not None:
             store_state(states, b_S, i_c * HV + i_h, i_k, i_v, K, V)
         if DELTA:
             b_beta = tl.load(beta + (first + i_t) * HV + i_h, mask=i_t < rows, other=0).to(tl.float32)[:, None]
@@ -108,10 +112,10 @@ def scan_forward(
                 b_read = load_tile(k_read, first, rows, i_h, i_k, HV, K, C)
             z = b_v - b_from * dot(b_read.to(WIDE), b_S, PRECISION)
             b_r = z - dot(b_P, (b_beta * z).to(b_P.dtype), PRECISION)
-            if FOR_STATES:
+            if r is not None:
                 store_tile(r, b_r, first, rows, i_h, i_v, HV, V, C)
             b_v = (b_beta * b_r).to(b_v.dtype)
-        if not FOR_STATES:
+        if o is not None:
             b_q = load_tile(q_read, first, rows, i_h // (HV // H), i_k, H, K, C)
             b_A = load_tile(A, first, rows, i_h, i_t, HV, C, C)
             b_o = b_from * dot(b_q.to(WIDE), b_S, PRECISION) + dot(b_A, b_v, PRECISION)
@@ -122,6 +126,11 @@ def scan_forward(
         i_c += 1
     if final is not None:
         store_state(final, S, i_nh, i_k, i_v, K, V)
+    if transition is not None and tl.program_id(0) % NV == 0:
+        D: tl.constexpr = K if DECAY == CHANNEL else 1
+        i_d = tl.arange(0, left.shape[0])
+        p_left = transition + tl.cast(i_nh, tl.int64) * D + i_d[:, None]
+        tl.store(p_left, left, mask=(i_d < D)[:, None])
 
 
 @kernel

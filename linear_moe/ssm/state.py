@@ -1,0 +1,59 @@
+"""What a layer keeps of its sequences from call to call: as large after a million tokens as after one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+
+class MixerState:
+    """States of N sequences by name: the rule's, the convolutions' last inputs, the token before, tokens seen.
+
+    Each is a tensor, or a tuple of tensors, ``[N, ...]``, or under Mixture-of-Memories ``[memories * N, ...]``, memory
+    by memory. They come into being with the first call and then stay where they are, so that a CUDA graph finds them.
+
+    Args:
+        N: how many sequences.
+    """
+
+    def __init__(self, N: int):
+        self.N, self.held = N, {}
+
+    def get(self, name: str):
+        """The state of that name, or None before the first call."""
+        return self.held.get(name)
+
+    @torch.no_grad()
+    def put(self, name: str, value) -> None:
+        """Keeps ``value`` as the state of that name."""
+        if name not in self.held:
+            self.held[name] = tree_map(lambda x: x.detach().clone(), value)
+            return
+        for kept, x in zip(tree_leaves(self.held[name]), tree_leaves(value), strict=True):
+            if kept is not x:
+                kept.copy_(x)
+
+    @torch.no_grad()
+    def reorder(self, index: Tensor) -> None:
+        """Sequence n goes on as sequence index[n] was: int64 ``[N]``, with repetitions (beams, parallel samples)."""
+        for kept in tree_leaves(self.held):
+            of_sequences = kept.unflatten(0, (-1, self.N))
+            of_sequences.copy_(of_sequences[:, index])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(x.numel() * x.element_size() for x in tree_leaves(self.held))
+
+
+def carry(state: MixerState | None, name: str, function: Callable) -> Tensor:
+    """What ``function(initial_state=, return_state=) -> (y, last state)`` answers from the state of that name, which it
+    also replaces; without a state, from each sequence's beginning."""
+    if state is None:
+        return function()[0]
+    y, last = function(initial_state=state.get(name), return_state=True)
+    state.put(name, last)
+    return y
