@@ -18,6 +18,10 @@ def mom(a):
 
 
 def decode(a):
+    import_module("linear_moe.measure.decoding").decoding(a.tokens, a.contexts, a.picture)
+
+
+def steps(a):
     import_module("linear_moe.measure.kernel_benchmark").decode(a.repeats)
 
 
@@ -44,9 +48,14 @@ def main(argv: list[str]) -> int:
     command.add_argument("--peer", choices=("fla",), help="beside these layers too")
     command.add_argument("--repeats", type=int, default=20)
     command.set_defaults(run=mom)
-    command = commands.add_parser("decode", help="tokens a second after contexts of 1k to 1M tokens, on a GPU")
-    command.add_argument("--repeats", type=int, default=10)
+    command = commands.add_parser("decode", help="models behind contexts of 1k to 128k tokens (a GPU: 4k to 512k)")
+    command.add_argument("--tokens", type=int, default=64, help="generated in a round (default: %(default)s)")
+    command.add_argument("--contexts", type=int, nargs="+", metavar="N", help="their lengths")
+    command.add_argument("--picture", metavar="PNG", help="draw it, too")
     command.set_defaults(run=decode)
+    command = commands.add_parser("steps", help="one-token kernels after contexts of 1k to 1M tokens, on a GPU")
+    command.add_argument("--repeats", type=int, default=10)
+    command.set_defaults(run=steps)
     arguments = parser.parse_args(argv)
     if arguments.run is None:
         parser.error("give a subcommand, or --tune")

@@ -6,7 +6,8 @@ import argparse
 import textwrap
 from dataclasses import fields
 
-from linear_moe.ssm import MIXERS, mixer_class
+from linear_moe.ssm import MIXERS, Mixer, mixer_class
+from linear_moe.ssm.state import state_bytes
 
 
 def describe(name: str, hidden_size: int, num_attention_heads: int) -> str:
@@ -17,7 +18,7 @@ def describe(name: str, hidden_size: int, num_attention_heads: int) -> str:
     lines = {
         "rule": cls.rule,
         "paper": cls.paper,
-        "state": f"{mixer.state_size:,} numbers a sequence and layer; under MoM as many again for each memory",
+        "state": _state(mixer, hidden_size),
         "options": ", ".join(f"{option}={getattr(mixer.config, option)}" for option in options),
     }
     if "Config" in vars(cls) and not cls.Config.__doc__.startswith("Config("):
@@ -27,6 +28,15 @@ def describe(name: str, hidden_size: int, num_attention_heads: int) -> str:
         for key, text in lines.items()
     ]
     return "\n".join([name, *wrapped])
+
+
+def _state(mixer: Mixer, hidden_size: int) -> str:
+    """Its size, which does not grow with the sequence."""
+    plain, mom = (state_bytes(mixer, hidden_size, memories=memories) for memories in (0, 5))
+    return (
+        f"{plain:,} bytes a sequence and layer, whatever its length, of which {mixer.state_size:,} float32 numbers are "
+        f"the rule's and the rest bfloat16 inputs; {mom:,} under MoM with 4 memories and a shared one"
+    )
 
 
 def main(argv: list[str]) -> None:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from linear_moe.ssm.mixer import Mixer
+
 
 class MixerState:
     """States of N sequences by name: the rule's, the convolutions' last inputs, the token before, tokens seen.
@@ -47,6 +49,20 @@ class MixerState:
     def nbytes(self) -> int:
         """Bytes held."""
         return sum(x.numel() * x.element_size() for x in tree_leaves(self.held))
+
+
+def state_bytes(mixer: Mixer, hidden_size: int, *, memories: int = 0, element_size: int = 2) -> int:
+    """What a layer of this mixer keeps of one sequence, in bytes, all heads together: `MixerState.nbytes` of one.
+
+    Args:
+        memories: of a Mixture-of-Memories, the shared one included; 0 for none. element_size: of the model's dtype; the
+            rule's states are float32.
+    """
+    buckets, c = max(memories, 1), mixer.config
+    convolved = sum(spec.width * mixer.heads(spec.per) for spec in mixer.projections().values() if spec.conv)
+    tails = convolved * (c.conv_size - 1) if c.conv_size else 0
+    shifted = hidden_size * (1 + memories) if mixer.token_shift else 0  # the token before, and the one in each memory
+    return 4 * buckets * mixer.state_size + element_size * (buckets * tails + shifted) + 8 * buckets
 
 
 def carry(state: MixerState | None, name: str, function: Callable) -> Tensor:

@@ -7,7 +7,7 @@ from linear_moe.mom import MoMConfig, Router, make_routes
 from linear_moe.ops.sequences import Sequences
 from linear_moe.ssm import MIXERS, mixer_class
 from linear_moe.ssm.core import MixerCore
-from linear_moe.ssm.state import MixerState
+from linear_moe.ssm.state import MixerState, state_bytes
 from tests.helpers import rel_err
 
 D, HEADS = 32, 4
@@ -63,7 +63,10 @@ def test_pieces_and_steps_are_the_whole(name, form, seed):
         size = state.nbytes
         for _ in range(6):
             forward(torch.stack([x[n][seen[n], None] for n in range(3)]), [1, 1, 1], None)
-    assert state.nbytes == size
+    memories = layer.mom.memories + layer.mom.shared if layer.mom else 0
+    # float64 here, so the rule's states are twice as wide as in any other dtype
+    kept = state_bytes(layer.core.mixer, D, memories=memories, element_size=8)
+    assert state.nbytes == size == 3 * (kept + 4 * max(memories, 1) * layer.core.mixer.state_size)
     for ours, theirs in zip(answers, whole):
         assert rel_err(torch.cat(ours), theirs) < 1e-9
 
