@@ -12,7 +12,9 @@ import math
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+from linear_moe.mcore.sections import Sections
 
 # As mcore does: what writes into the residual stream starts smaller with depth.
 RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight", "out_proj.weight")
@@ -49,7 +51,10 @@ def reinitialize(model: torch.nn.Module, seed: int, pg_collection=None) -> None:
         fill = _initializer(model.config, entry.key, parameter)
         if fill is None:
             continue
-        if isinstance(entry, ShardedTensorFactory):
+        build = getattr(entry, "build_fn", None)
+        if isinstance(build, Sections) and not build.cut:  # all ranks hold it: drawn as the one tensor that it is
+            values = _drawn(f"{seed}/{entry.key}/()", parameter.shape, fill)
+        elif build:
             # A fused weight: its slices are cut from the global tensor one by one, then put together again.
             draw = functools.partial(_local_part, fill=fill, seed=seed)
             values = entry.merge_fn(dict_list_map_inplace(draw, entry.build()))
@@ -74,9 +79,14 @@ def _local_part(part: ShardedTensor, fill, seed: int) -> torch.Tensor:
     """This rank's part of the global tensor that `part` describes."""
     prepended = part.prepend_axis_num  # axes that number experts (or layers): part of the name, not of the shape
     name = f"{seed}/{part.key}/{part.global_offset[:prepended]}"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big"))
-        whole = torch.empty(part.global_shape[prepended:])
-        fill(whole)
+    whole = _drawn(name, part.global_shape[prepended:], fill)
     offsets = part.global_offset[prepended:]
     return whole[tuple(slice(start, start + size) for start, size in zip(offsets, part.local_shape, strict=True))]
+
+
+def _drawn(name: str, shape, fill) -> torch.Tensor:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big"))
+        whole = torch.empty(shape)
+        fill(whole)
+    return whole

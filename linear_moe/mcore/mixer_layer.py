@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from megatron.core import num_microbatches_calculator
-from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import (
@@ -28,11 +27,14 @@ from torch import Tensor
 from linear_moe.mcore.inference import sequences_of, state_of
 from linear_moe.mcore.init import xavier
 from linear_moe.mcore.masks import packed_cu_seqlens, padding_tokens, require_causal
+from linear_moe.mcore.sections import by_section
 from linear_moe.mcore.telemetry import telemetry
 from linear_moe.mom import MoMConfig, Router, make_routes
 from linear_moe.ops.sequences import Sequences
 from linear_moe.ssm import Mixer
 from linear_moe.ssm.core import MixerCore
+from linear_moe.ssm.full_state import full_state, load_full_state
+from linear_moe.ssm.stored import Stored, Tensors
 
 
 @dataclass
@@ -130,10 +132,10 @@ class MixerLayer(MegatronModule):
             self.core.initialize(init_method)
             if mom:
                 init_method(self.router.weight)
-        sharded = self.core.sharded_axes()
+        axes = {stored.parameter: stored.axis for stored in self.core.tensors().values()}
         for key, parameter in self.core.named_parameters():
-            if key in sharded:
-                set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=sharded[key], stride=1)
+            if axes[key] is not None:
+                set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=axes[key], stride=1)
         self.linear_proj = build_module(
             submodules.linear_proj,
             mixer_config.num_value_heads * mixer_config.value_head_dim,
@@ -228,19 +230,60 @@ class MixerLayer(MegatronModule):
             state |= sharded_state_dict_default(
                 module, f"{prefix}{key}.", sharded_offsets, metadata, tp_group=self.tp_group
             )
+        tensors = self.core.tensors().values()
+        prefix = f"{prefix}core."
         core = make_sharded_tensors_for_checkpoint(
             self.core.state_dict(keep_vars=True),
-            f"{prefix}core.",
-            self.core.sharded_axes(),
+            prefix,
+            {stored.parameter: stored.axis for stored in tensors if stored.axis is not None},
             sharded_offsets,
             tp_group=self.tp_group,
             dp_cp_group=metadata["dp_cp_group"],
         )
-        for key, sections in self.core.sections().items():
-            key = f"{prefix}core.{key}"
-            axis = self.core.sharded_axes()[key.removeprefix(f"{prefix}core.")]
-            core[key] = _by_section(core[key], sections, axis, tuple(sharded_offsets), self.tp_group)
+        fused: dict[str, list[Stored]] = {}
+        for stored in tensors:
+            if stored.section is not None:
+                fused.setdefault(prefix + stored.parameter, []).append(stored)
+        for key, parts in fused.items():
+            core[key] = by_section(core[key], parts, sharded_offsets, self.tp_group)
         return state | core
+
+    def tensors(self) -> Tensors:
+        """Every parameter by its declared name: those of the core, MoM's ``router``, and the output projection ``out``
+        with its bias ``out.bias``."""
+        found = {
+            name: replace(stored, parameter=f"core.{stored.parameter}") for name, stored in self.core.tensors().items()
+        }
+        if self.mom:
+            found["router"] = Stored("router.weight", (*self.router.weight.shape,))
+        out = self.linear_proj
+        found["out"] = Stored("linear_proj.weight", (*out.weight.shape,), axis=1, matrix=True)
+        if self.config.add_bias_linear:
+            found["out.bias"] = Stored("linear_proj.bias", (*out.bias.shape,))
+        return found
+
+    def full_state(self) -> dict[str, Tensor]:
+        """Declared name -> a copy of the whole tensor, on every tensor-parallel rank, all of which must ask for it.
+
+        As ``MixerCore.full_state``, and ``router`` ``[M, hidden]``, ``out`` ``[hidden, HV * V]``, ``out.bias``.
+        """
+        return full_state(self.tensors(), dict(self.named_parameters()), self._gather)
+
+    def load_full_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes what ``full_state`` gives, whole on every rank, in any data type and on any device.
+
+        An optimizer that keeps float32 copies of the parameters is not told: load before it is made.
+
+        Raises:
+            ValueError: a missing or an unknown tensor, or one of another shape; then nothing is loaded.
+        """
+        group = self.tp_group
+        load_full_state(self.tensors(), dict(self.named_parameters()), state, group.size(), group.rank())
+
+    def _gather(self, part: Tensor, axis: int) -> Tensor:
+        parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(self.tp_group.size())]
+        torch.distributed.all_gather(parts, part.contiguous(), group=self.tp_group)
+        return torch.cat(parts, axis)
 
 
 class MixerTransformerLayer(TransformerLayer):
@@ -265,24 +308,3 @@ def before_forward(mixers: list[MixerLayer], model, args: tuple, kwargs: dict) -
     call = Call(None if loss_mask is None else loss_mask.sum(dtype=torch.float32))
     for mixer in mixers:
         mixer.call = call
-
-
-def _by_section(whole: ShardedTensor, sections: dict[str, int], axis: int, offsets, tp_group) -> ShardedTensorFactory:
-    """A fused parameter as one sharded tensor a section: each is cut by heads, the fused one as a whole is not."""
-
-    def build(key, tensor, replica_id, flattened_range):
-        if flattened_range is not None:
-            raise ValueError(f"{key}: flattened optimizer shards are not supported; use a reshardable format")
-        return [
-            ShardedTensor.from_rank_offsets(
-                f"{key}.{name}",
-                part.contiguous(),
-                *offsets,
-                (axis + len(offsets), tp_group.rank(), tp_group.size()),
-                replica_id=replica_id,
-                prepend_axis_num=len(offsets),
-            )
-            for name, part in zip(sections, tensor.split(list(sections.values()), axis))
-        ]
-
-    return ShardedTensorFactory(whole.key, whole.data, build, lambda parts: torch.cat(parts, axis), whole.replica_id)

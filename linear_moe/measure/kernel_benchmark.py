@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch.nn.functional import logsigmoid, normalize
 
-from linear_moe.ops import api
+from linear_moe.ops import api, decoding
 
 from . import flops
 from .compare import TOLERANCE, relative_error
@@ -233,7 +233,7 @@ def decode_speed(rule, size, context, repeats, device, steps=16):
         def run():
             S = state
             for _ in range(steps):
-                _, S = api.step(rule.ours, S, **x, backend="triton")
+                _, S = decoding.step(rule.ours, S, *x.values(), backend="triton")
 
         with graph_of(run) if cuda else nullcontext((run, None)) as (replay, _):
             times = [milliseconds(device, lambda: None, lambda _: replay()) for _ in range(repeats)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from linear_moe.ops import online
+from linear_moe.ops.check_step import OPERANDS
 from linear_moe.ops.triton import tuning
 from linear_moe.ssm.registry import MIXERS
 
@@ -76,7 +77,8 @@ def rule_checks(rule, K, V, dtype, device, seed, lengths=LENGTHS):
     if rule == "step":
         return [
             Task("checks", f"step {one} {name}", rules.check_steps, (one, (2, 2), K, V, dtype, device, seed))
-            for one in ("linear_attention", "delta_rule", "dplr")
+            for one in OPERANDS
+            if rules.takes_step(one, K, V)
         ]
     decays = rules.DECAYS if rule in ("linear_attention", "delta_rule") else ("",)
     return [

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch.nn.functional import normalize
 
-from linear_moe.ops import api
+from linear_moe.ops import api, decoding, online
 from linear_moe.ops.triton import tuning
 
 from .compare import LIMITS, compare, verdict
@@ -21,6 +21,7 @@ KERNELS = {  # whose tuning entries say at which widths a rule is checked, by ho
 }
 KERNELS |= dict.fromkeys(("delta_rule", "rwkv6", "gsa"), KERNELS["linear_attention"])
 SLOTS = 64
+MINI_BATCH = 16
 STEPS = 20
 
 
@@ -70,10 +71,10 @@ def draw(rule, decay, heads, K, V, lengths):
     elif rule == "ttt_linear":
         x |= {"eta": 0.2 * torch.rand(1, T, H), "token_scale": torch.rand(1, T, H)}
         x |= {"weight": 1 + 0.2 * torch.randn(H, V), "bias": 0.2 * torch.randn(H, V)}
-        state, offset = (N, H, 2, V + 1, V), torch.randint(16, (N,))
+        state, offset = (N, H, 2, V + 1, V), torch.randint(MINI_BATCH, (N,))
     elif rule == "titans_linear":
         x |= {"theta": 0.5 * torch.rand(1, T, H), "g": log_decay(1, T, H), "m": log_decay(1, T, H)}
-        state, offset = (N, H, 3, K, V), torch.randint(16, (N,))
+        state, offset = (N, H, 3, K, V), torch.randint(MINI_BATCH, (N,))
     else:
         raise ValueError(f"rule ({rule!r}) must be one of {', '.join(KERNELS)}")
     x["initial_state"] = torch.randn(state) * (0.3 if rule == "ttt_linear" else 1)
@@ -104,18 +105,38 @@ def check_steps(rule, heads, K, V, dtype, device, seed):
     """STEPS tokens one by one, with every decay that the rule has, against the loop."""
     torch.manual_seed(seed)
     found, expected = {}, {}
-    for decay in ("channel",) if rule == "dplr" else DECAYS:
-        x, _ = draw(rule, decay, heads, K, V, [STEPS])
+    for decay in DECAYS if rule in ("linear_attention", "delta_rule") else ("its own",):
+        x, offset = draw(rule, decay, heads, K, V, [STEPS])
         x = {name: t.to(dtype) if name in ROUNDED else t for name, t in x.items()}
-        exact = {name: t.double() for name, t in x.items()}
+        exact, cu = {name: t.double() for name, t in x.items()}, torch.tensor([0, STEPS])
         with torch.no_grad():
-            whole, final = getattr(api, rule)(**exact, return_state=True, backend="reference")
-            state = x.pop("initial_state").to(device)
-            x, outputs = {name: t.to(device) for name, t in x.items()}, []
-            for t in range(STEPS):
-                token = {name: y[:, t] if y.ndim > 1 else y for name, y in x.items()}
-                o, state = api.step(rule, state, **token, backend="triton")
-                outputs.append(o)
-        expected |= {f"o of {decay}": whole, f"S of {decay}": final}
-        found |= {f"o of {decay}": torch.stack(outputs, 1).double().cpu(), f"S of {decay}": state.double().cpu()}
+            loop = _run(rule, exact, "cpu", cu=cu, offset=offset, backend="reference")
+            stepped = _run_steps(rule, x, device, offset)
+        loop["S"] = torch.cat([exact["initial_state"], loop["S"], exact["initial_state"]])
+        expected |= {f"{name} of {decay}": t for name, t in loop.items()}
+        found |= {f"{name} of {decay}": t.double().cpu() for name, t in stepped.items()}
     return verdict(found, expected, LIMITS[dtype])
+
+
+def _run_steps(rule, x, device, offset):
+    """{"o", "S"} as of _run, token by token; S a store of three states, of which the tokens touch the middle one."""
+    x = {name: t.to(device) for name, t in x.items()}
+    state, slots = x.pop("initial_state"), torch.tensor([1], device=device)
+    store = state.repeat(3, *[1] * (state.ndim - 1))
+    if rule == "gsa":
+        keys, values = store.split([x["k"].shape[-1], x["v"].shape[-1]], -1)
+        store = keys.contiguous(), values.contiguous()
+    outputs = []
+    for t in range(STEPS):
+        token = [y[:, t] if y.ndim > 2 else y for y in x.values()]  # what is a head's has no token
+        seen = {} if offset is None else {"offset": ((offset + t) % MINI_BATCH).repeat(3).to(device)}
+        o, store = decoding.step(rule, store, *token, **seen, slots=slots, backend="triton")
+        outputs.append(o)
+    return {"o": torch.stack(outputs, 1), "S": torch.cat(store, -1) if rule == "gsa" else store}
+
+
+def takes_step(rule, K, V):
+    """Whether there is a one-token kernel for such heads: those that learn online take fewer channels, TTT K = V."""
+    if rule not in ("ttt_linear", "titans_linear"):
+        return True
+    return max(K, V) <= online.MAX_WIDTH and (rule == "titans_linear" or K == V)

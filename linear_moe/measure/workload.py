@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import normalize
 
-from linear_moe.ops import api, online
+from linear_moe.ops import api, decoding, online
+from linear_moe.ops.check_step import ONE_DTYPE, OPERANDS, STATES
 from linear_moe.ops.triton import launch, tuning
 
 HIDDEN, MEMORIES, TOPK, TAPS = 1024, 4, 2, 4
@@ -85,6 +86,17 @@ def _rule(rule, decay, *, packed=False, groups=1, states=False):
     return prepare
 
 
+def _summary(rule, decay):
+    """Of packed segments, of which one is empty."""
+
+    def prepare(s):
+        inputs, _ = _rule(rule, decay, packed=True)(s)
+        cu = torch.arange(-1, s.B + 1, device=s.device).clamp(min=0).int() * s.T
+        return inputs[1:], lambda *operands: api.summary(rule, None, *operands, cu_seqlens=cu, backend="triton")
+
+    return prepare
+
+
 def _rwkv6(s):
     inputs = [s.draw(s.B, s.T, s.H, width) for width in (s.K, s.K, s.V)]
     inputs += [_decay(s, s.K), s.draw(s.H, s.K, dtype=torch.float32)]
@@ -101,22 +113,34 @@ def _decay(s, width):
     return (s.draw(s.B, s.T, s.H, width, dtype=torch.float32, grad=False).abs() * -0.1).requires_grad_()
 
 
-def _step(rule, decay):
+def _step(rule, *, stored=False, **forms):
+    """forms: of operands that may have several, else the last one. stored: in a store of the states."""
+
     def prepare(s):
-        q, k, v = s.draw(s.B, s.H, s.K), s.draw(s.B, s.H, s.K), s.draw(s.B, s.H, s.V)
-        state = s.draw(s.B, s.H, s.K, s.V, dtype=torch.float32)
-        beta = s.draw(s.B, s.H, dtype=torch.float32) if rule == "delta_rule" else None
-        g = -s.draw(*(s.B, s.H, s.K)[:decay], dtype=torch.float32, grad=False).abs() if decay else None
-        return [], lambda: api.step(rule, state, q, k, v, beta, g, backend="triton")
+        V = min(s.V, online.MAX_WIDTH) if rule in ("ttt_linear", "titans_linear") else s.V
+        K = min(s.K, V) if rule == "titans_linear" else s.K
+        sizes = {"R": s.B, "H": s.H, "HV": s.H, "K": K, "V": V, "M": V, "D": V, "D+1": V + 1, "2": 2, "3": 3}
+
+        def draw(form, dtype=torch.float32):
+            return s.draw(*(sizes[symbol] for symbol in form.split()), dtype=dtype, grad=False)
+
+        operands = []
+        for name, form in (OPERANDS[rule] | forms).items():
+            form = form.rpartition(" | ")[2]
+            operands.append(draw(form, s.dtype) if name in ONE_DTYPE else -draw(form).abs())  # decays are negative
+        states = tuple(draw(f"R {form}") for form in STATES[rule])
+        slots = torch.arange(s.B, device=s.device) if stored else None
+
+        def function():
+            state = [x.clone() for x in states] if stored else states  # the next run begins with the same ones
+            o, new = decoding.step(
+                rule, tuple(state) if rule == "gsa" else state[0], *operands, slots=slots, backend="triton"
+            )
+            return o, *(new if rule == "gsa" else (new,))
+
+        return [], function
 
     return prepare
-
-
-def _step_dplr(s):
-    q, k, v, a, b, g = (s.draw(s.B, s.H, width, grad=False) for width in (s.K, s.K, s.V, s.K, s.K, s.K))
-    state = s.draw(s.B, s.H, s.K, s.V, dtype=torch.float32, grad=False)
-    g, a = -g.float().abs(), normalize(a, dim=-1)
-    return [], lambda: api.step("dplr", state, q, k, v, g=g, a=a, b=-a * b.sigmoid(), backend="triton")
 
 
 def _online(rule, *, packed=False):
@@ -233,9 +257,21 @@ CASES = [
     Case("dplr packed", _rule("dplr", 4, packed=True, states=True)),
     Case("rwkv6", _rwkv6),
     Case("gsa", _gsa),
-    Case("step attention channel", _step("linear_attention", 3), backward=False, decoding=True),
-    Case("step delta scalar", _step("delta_rule", 2), backward=False, decoding=True),
-    Case("step dplr", _step_dplr, backward=False, decoding=True),
+    Case("summary attention scalar packed", _summary("linear_attention", 3)),
+    Case("summary attention channel packed", _summary("linear_attention", 4)),
+    Case("summary delta scalar packed", _summary("delta_rule", 3)),
+    Case("summary delta channel packed", _summary("delta_rule", 4)),
+    Case("summary dplr packed", _summary("dplr", 4)),
+    Case("step attention channel", _step("linear_attention"), backward=False, decoding=True),
+    Case("step delta scalar", _step("delta_rule", g="R HV"), backward=False, decoding=True),
+    Case("step delta scalar in a store", _step("delta_rule", g="R HV", stored=True), backward=False, decoding=True),
+    Case("step dplr", _step("dplr"), backward=False, decoding=True),
+    Case("step rwkv6", _step("rwkv6"), backward=False, decoding=True),
+    Case("step gsa", _step("gsa"), backward=False, decoding=True),
+    Case("step ttt", _step("ttt_linear"), backward=False, decoding=True),
+    Case("step ttt in a store", _step("ttt_linear", stored=True), backward=False, decoding=True),
+    Case("step titans", _step("titans_linear"), backward=False, decoding=True),
+    Case("step titans in a store", _step("titans_linear", stored=True), backward=False, decoding=True),
     Case("ttt", _online("ttt_linear")),
     Case("ttt packed", _online("ttt_linear", packed=True)),
     Case("titans", _online("titans_linear")),

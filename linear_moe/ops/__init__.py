@@ -13,11 +13,11 @@ from .api import (
     route,
     rwkv6,
     short_conv,
-    step,
     summary,
     titans_linear,
     ttt_linear,
 )
+from .decoding import conv_step, shift_step, step
 from .norm import l2_norm, rms_norm, widen
 from .routing import Routes, gather, topk_router
 from .shift import token_shift
@@ -27,6 +27,7 @@ __all__ = [
     "apply_summary",
     "combine",
     "compose_summaries",
+    "conv_step",
     "delta_rule",
     "dplr",
     "gated_norm",
@@ -38,6 +39,7 @@ __all__ = [
     "rms_norm",
     "route",
     "rwkv6",
+    "shift_step",
     "short_conv",
     "step",
     "summary",

@@ -9,7 +9,6 @@ States are [N, HV, K, V] float32 (float64 for float64 values); the rules compute
 Everything is differentiable, states and constant decays included.
 """
 
-from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -19,7 +18,7 @@ from . import chunk, compose, norm, online, reference, routing, slots
 from . import grouped as grouped_torch
 from . import short_conv as conv
 from . import summary as summaries
-from .backend import choose_backend, kernels
+from .backend import choose_backend, kernels, without_autocast
 from .check import (
     check_combine,
     check_conv,
@@ -31,21 +30,12 @@ from .check import (
     check_route,
     check_rule,
     check_rwkv6,
-    check_step,
     check_summary,
 )
-from .step import RULES
-from .step import step as step_torch
 
 KERNELS = {"linear_attention": "rules", "delta_rule": "rules", "dplr": "dplr"}  # of linear_moe.ops.triton
 KERNELS |= {"read_by_value": "slots"}
 PARTS = {"rwkv6": ("linear_attention",), "gsa": ("linear_attention", "read_by_value")}  # of what is in compose.py
-
-
-def _without_autocast(device_type):
-    """The rules choose their own precision; autocast would run their products in bf16."""
-    known = torch.amp.is_autocast_available(device_type)
-    return torch.autocast(device_type, enabled=False) if known else nullcontext()
 
 
 def _function(rule, backend):
@@ -70,7 +60,7 @@ def _run(rule, operands, scale, initial_state, return_state, cu_seqlens, backend
     widths = [x.shape[-1] for x in operands if x is not None and x.ndim == 4]
     function = _function(rule, choose_backend(rule, backend, v, *widths))
     options = {"initial_state": initial_state, "return_state": return_state, "cu_seqlens": _int32(cu_seqlens)}
-    with _without_autocast(v.device.type):
+    with without_autocast(v.device.type):
         return function(*operands, scale=k.shape[-1] ** -0.5 if scale is None else scale, **options)
 
 
@@ -116,7 +106,7 @@ def rwkv6(q, k, v, g, u, *, scale=None, initial_state=None, return_state=False, 
     """S_t = Diag(e^g_t) S_{t-1} + k_t v_t^T,  o_t = scale (S_{t-1}^T q_t + (q_t . (u * k_t)) v_t) (arXiv 2404.05892).
 
     q, k, g [B, T, H, K]; v [B, T, H, V]; u, the current token's bonus, [H, K]: as many key heads as value heads, a
-    decay a channel. One token of decoding is this function with T = 1. scale defaults to K^-1/2.
+    decay a channel. scale defaults to K^-1/2.
     Returns (o [B, T, H, V], final state or None).
     Raises ValueError for shapes, dtypes, cu_seqlens or a backend that do not fit.
     """
@@ -129,7 +119,7 @@ def gsa(q, k, v, s, g, *, scale=None, initial_state=None, return_state=False, cu
     values Vt = Diag(e^g_t) Vt + s_t v_t^T, p_t = softmax(scale Kt q_t) over the slots and o_t = Vt^T p_t.
 
     q, k [B, T, H, K]; v [B, T, H, V]; s, g [B, T, H, M], q, k, v, s of one dtype. The state is a tuple, (Kt
-    [N, H, M, K], Vt [N, H, M, V]). One token of decoding is this function with T = 1. scale defaults to K^-1/2.
+    [N, H, M, K], Vt [N, H, M, V]). scale defaults to K^-1/2.
     Returns (o [B, T, H, V], final state or None).
     Raises ValueError for shapes, dtypes, cu_seqlens or a backend that do not fit.
     """
@@ -148,7 +138,7 @@ def _run_online(rule, operands, mini_batch, scale, backend, options):
     backend = choose_backend(rule, backend, v, obstacle=obstacle)
     module = kernels("online") if backend == "triton" else {"torch": online, "reference": reference}[backend]
     scale = k.shape[-1] ** -0.5 if scale is None else scale
-    with _without_autocast(v.device.type):
+    with without_autocast(v.device.type):
         return getattr(module, rule)(*operands, scale=scale, mini_batch=mini_batch, **options)
 
 
@@ -293,33 +283,6 @@ def gated_norm(o, weight, gate=None, *, eps, activation="silu", routes=None, bac
     return norm.gated_norm(o, weight, gate, eps=eps, activation=activation, routes=routes)
 
 
-def step(rule, state, q, k, v, beta=None, g=None, a=None, b=None, *, scale=None, backend="auto"):
-    """One token of `rule` ("linear_attention", "delta_rule" or "dplr") for every sequence of a batch, for decoding.
-
-    state [B, HV, K, V]; q, k [B, H, K]; v [B, HV, V]; beta [B, HV] for the delta rule, else None; g None, [HV],
-    [B, HV] or [B, HV, K]; a, b [B, H, K] for dplr (with H = HV and g [B, H, K]), else None. Returns (o [B, HV, V] in
-    v's dtype, new state); the given state is left as it is.
-    Raises ValueError for an unknown rule, or shapes, dtypes or a backend that do not fit.
-    """
-    if rule not in RULES:
-        raise ValueError(f"step: rule ({rule!r}) must be one of {sorted(RULES)}")
-    check_step(rule, state, q, k, v, beta, g, a, b)
-    scale = k.shape[-1] ** -0.5 if scale is None else scale
-    operands = [x for x in (state, q, k, v, beta, g, a, b) if x is not None]
-    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in operands)
-    obstacle = "one-token steps have no backward; decode under torch.no_grad()" if differentiated else None
-    backend = choose_backend("step", backend, v, k.shape[-1], v.shape[-1], obstacle=obstacle)
-    if backend == "triton":
-        return kernels("step").step(rule, state, q, k, v, beta, g, a, b, scale=scale)
-    if backend == "torch":
-        with _without_autocast(v.device.type):
-            return step_torch(rule, state, q, k, v, beta, g, a, b, scale=scale)
-    g = g.unsqueeze(1) if g is not None and g.ndim > 1 else g
-    operands = [x.unsqueeze(1) for x in (q, k, v, beta, a, b) if x is not None]
-    o, state = getattr(reference, rule)(*operands, g, scale=scale, initial_state=state, return_state=True)
-    return o.squeeze(1), state
-
-
 def _summary_function(rule, backend):
     """What makes a rule's summary on a backend: a function of its own, or one made of linear_attention's."""
     if rule in PARTS:
@@ -345,7 +308,7 @@ def summary(rule, *operands, cu_seqlens=None, backend="auto"):
     v = operands[1]
     widths = [x.shape[-1] for x in operands if x is not None and x.ndim == 4]
     backend = choose_backend(f"summary of {rule}", backend, v, *widths)
-    with _without_autocast(v.device.type):
+    with without_autocast(v.device.type):
         return _summary_function(rule, backend)(*operands, cu_seqlens=_int32(cu_seqlens))
 
 
@@ -354,11 +317,11 @@ def apply_summary(transition, state, initial):
 
     Shapes: see summary; initial and the result are like its state (gsa: tuples of two).
     """
-    with _without_autocast(transition.device.type):
+    with without_autocast(transition.device.type):
         return summaries.apply_summary(transition, state, initial)
 
 
 def compose_summaries(second, first):
     """The summary of two segments in a row, from those of each: (P2 P1, P2 U1 + U2). Shapes: see summary."""
-    with _without_autocast(first[0].device.type):
+    with without_autocast(first[0].device.type):
         return summaries.compose_summaries(second, first)

@@ -3,6 +3,7 @@
 import os
 import re
 import warnings
+from contextlib import nullcontext
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -61,6 +62,12 @@ def check_compiler():
 def kernels(name):
     """The module linear_moe.ops.triton.<name>, imported when a kernel is first wanted."""
     return import_module(f"linear_moe.ops.triton.{name}")
+
+
+def without_autocast(device_type):
+    """The rules choose their own precision; autocast would run their products in bf16."""
+    known = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if known else nullcontext()
 
 
 def _obstacle(x, widths):

@@ -67,7 +67,6 @@ def made_here(*tensors):
 
 
 def _check_operands(rule, lead, q, k, v, beta, g, state, N):
-    """`lead` is {B, T} for sequences and {B} for one token."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         _require(torch.is_tensor(x), rule, f"{name} must be a tensor, not {type(x).__name__}")
         fits = x.ndim == len(lead) + 2
@@ -99,7 +98,7 @@ def check_rule(rule, q, k, v, beta, g, initial_state, cu_seqlens):
 
 
 def check_dplr(k, v, a, b, g):
-    """What dplr asks beyond check_rule or check_step, of sequences or of one token: the same heads everywhere."""
+    """What dplr asks beyond check_rule: the same heads everywhere."""
     lead = dict(zip(("B", "T"), v.shape[:-2]))
     for name, x in (("k", k), ("a", a), ("b", b), ("g", g)):
         _shape("dplr", name, x, {**lead, "H": v.shape[-2], "K": k.shape[-1]})
@@ -154,17 +153,6 @@ def check_shift(x, initial_state, cu_seqlens):
         _shape(rule, "initial_state", initial_state, {"N": N, "D": x.shape[2]})
         _one_device(rule, x, initial_state=initial_state)
     return N
-
-
-def check_step(rule, state, q, k, v, beta, g, a, b):
-    """The operands of one token."""
-    _require(torch.is_tensor(v) and v.ndim == 3, rule, "v must be a tensor [B, HV, V]")
-    _require(torch.is_tensor(state), rule, "state must be a tensor [B, HV, K, V]")
-    _check_operands(rule, {"B": v.shape[0]}, q, k, v, beta, g, state, v.shape[0])
-    if rule == "dplr":
-        check_dplr(k, v, a, b, g)
-    else:
-        _require(a is None and b is None, rule, "a and b are operands of dplr only")
 
 
 def check_online(rule, q, k, v, gates, head, offset, mini_batch, initial_state, cu_seqlens):

@@ -7,81 +7,24 @@ body serves Mixture-of-Memories: the write projections then exist once per memor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linear_moe.ops import Routes, gather, grouped_linear, short_conv
+from linear_moe.ops import Routes, conv_step, gather, shift_step, short_conv
 from linear_moe.ops.sequences import Sequences
 from linear_moe.ops.shift import token_shift
 from linear_moe.ssm.declaration import check_declaration
+from linear_moe.ssm.full_state import full_state, load_full_state
 from linear_moe.ssm.mixer import Mixer, Projection
+from linear_moe.ssm.projection import FusedProjection
 from linear_moe.ssm.recompute import Recompute
 from linear_moe.ssm.scan import Carried, Plain, Scan
 from linear_moe.ssm.state import MixerState, carry
-
-Sections = dict[str, int]
-INNER = {None: lambda x: x, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
-
-
-class FusedProjection(nn.Module):
-    """Several projections as one matrix product, their slices named once.
-
-    ``weight`` is ``[(copies,) sum of local widths, D]``, cut by heads inside each section. The low-rank ones are a
-    replicated ``down`` ``[(copies,) sum of ranks, D]`` and one ``up_<name>`` ``[(copies,) local width, rank]`` each.
-
-    Args:
-        specs: name -> Projection. sections: name -> full width. copies: 0 for one matrix, else how many there are, each
-        for its own group of rows.
-    """
-
-    def __init__(
-        self, hidden_size, specs: dict[str, Projection], sections: Sections, copies: int, shards: int, **factory
-    ):
-        super().__init__()
-        lead = (copies,) if copies else ()
-        self.axis = len(lead)
-        self.ranks = {name: specs[name].low_rank for name in sections if specs[name].low_rank}
-        self.inner = {name: specs[name].inner for name in self.ranks}
-        self.full = {name: width for name, width in sections.items() if name not in self.ranks}
-        self.local = {name: width // shards for name, width in self.full.items()}
-        self.weight = nn.Parameter(torch.empty(*lead, sum(self.local.values()), hidden_size, **factory))
-        if self.ranks:
-            self.down = nn.Parameter(torch.empty(*lead, sum(self.ranks.values()), hidden_size, **factory))
-        for name, rank in self.ranks.items():
-            up = torch.empty(*lead, sections[name] // shards, rank, **factory)
-            self.register_parameter(f"up_{name}", nn.Parameter(up))
-
-    def forward(
-        self, x: Tensor | dict[str, Tensor], replicated: Callable, routes: Routes | None = None
-    ) -> dict[str, Tensor]:
-        """x ``[..., D]`` -> name -> ``[..., local width]``; with routes, tokens -> rows by their memory's copy.
-
-        Where x is a dict, every projection of its names has its own input; with routes, of rows already.
-        """
-
-        def product(x: Tensor, weight: Tensor, routes_of_x: Routes | None = None) -> Tensor:
-            if routes is None:
-                return F.linear(x, weight)
-            return grouped_linear(x, weight, routes.memory_offsets, routes=routes_of_x)
-
-        def products(weight: Tensor, sections: Sections) -> dict[str, Tensor]:
-            widths = [*sections.values()]
-            if not isinstance(x, dict):
-                return dict(zip(sections, product(x, weight, routes).split(widths, -1)))
-            parts = zip(sections, weight.split(widths, self.axis))
-            return {name: product(x[name], part.contiguous()) for name, part in parts if name in x}
-
-        out = products(self.weight, self.local)
-        if self.ranks:
-            for name, low in products(replicated(self.down), self.ranks).items():
-                low = INNER[self.inner[name]](low)
-                out[name] = product(low.contiguous(), getattr(self, f"up_{name}"))
-        return out
+from linear_moe.ssm.stored import Stored, Tensors
 
 
 class Parameters(nn.Module):
@@ -194,57 +137,54 @@ class MixerCore(nn.Module):
 
         init_method fills a tensor in place; it is used for the projections.
         """
-        for fused in (self.tokens, self.rows):
-            if fused is None:
-                continue
-            lead, hidden = fused.weight.shape[:-2], fused.weight.shape[-1]
-            like = {"device": fused.weight.device}
-            cut = []
-            for width in fused.full.values():
-                full = torch.empty(*lead, width, hidden, **like)
-                init_method(full)
-                cut.append(self._cut(full, fused.axis))
-            fused.weight.copy_(torch.cat(cut, fused.axis))
-            if fused.ranks:
-                _fill_parts(fused.down, [*fused.ranks.values()], fused.axis, init_method)
-                for name in fused.ranks:
-                    up = getattr(fused, f"up_{name}")
-                    full = torch.empty(*lead, up.shape[-2] * self.shards, up.shape[-1], **like)
-                    init_method(full)
-                    up.copy_(self._cut(full, fused.axis))
-        for parameter in self.heads.parameters():
-            full = torch.empty(parameter.shape[0] * self.shards, *parameter.shape[1:])
-            parameter.initializer(full)
-            parameter.copy_(self._cut(full))
-        for parameter in self.shared.parameters():
-            parameter.initializer(parameter)
+        parameters = dict(self.named_parameters())
+        for stored in self.tensors().values():
+            parameter = parameters[stored.parameter]
+            fill = init_method if stored.matrix else parameter.initializer
+            whole = torch.empty(stored.whole_shape(self.shards), device=parameter.device if stored.matrix else "cpu")
+            fill(whole)
+            stored.of(parameter).copy_(stored.cut(whole, self.shards, self.shard))
 
     def set_initializer(self, init_method: Callable[[Tensor], object]) -> None:
-        """Give the projections' matrices the attribute ``initializer``: init_method fills one projection at a time (in
-        all of its copies: ``[(copies,) width, D]``)."""
-        for fused in (self.tokens, self.rows):
-            if fused is None:
-                continue
-            fused.weight.initializer = init_method  # called for each section
-            for name in fused.ranks:
-                getattr(fused, f"up_{name}").initializer = init_method
-            if fused.ranks:
-                parts = {"sizes": [*fused.ranks.values()], "axis": fused.axis, "init_method": init_method}
-                fused.down.initializer = partial(_fill_parts, **parts)
+        """Give the projections' parameters the attribute ``initializer``; see FusedProjection's."""
+        for fused in filter(None, (self.tokens, self.rows)):
+            fused.set_initializer(init_method)
 
-    def sharded_axes(self) -> dict[str, int]:
-        """Parameter name -> the axis that is cut over the shards; every other parameter is replicated."""
-        axes = {f"heads.{name}": 0 for name, _ in self.heads.named_parameters()}
+    def tensors(self) -> Tensors:
+        """Every parameter by its declared name: projections, head parameters and convolutions, shared parameters."""
+        found: Tensors = {}
         for part, fused in (("tokens", self.tokens), ("rows", self.rows)):
             if fused is not None:
-                axes[f"{part}.weight"] = fused.axis
-                axes |= {f"{part}.up_{name}": fused.axis for name in fused.ranks}
-        return axes
+                found |= fused.tensors(f"{part}.")
+        for name, parameter in self.heads.named_parameters():
+            found[name] = Stored(f"heads.{name}", self.head_shapes.get(name, (*parameter.shape,)), axis=0)
+        for name, parameter in self.shared.named_parameters():
+            found[name] = Stored(f"shared.{name}", (*parameter.shape,))
+        return found
 
-    def sections(self) -> dict[str, Sections]:
-        """Fused parameter name -> its sections on this shard (name -> width), along its sharded axis."""
-        parts = {"tokens": self.tokens, "rows": self.rows}
-        return {f"{part}.weight": fused.local for part, fused in parts.items() if fused is not None}
+    def full_state(self) -> dict[str, Tensor]:
+        """Declared name -> a copy of the tensor, unfused and unflattened: projections ``[(memories,) out, in]`` (the
+        shared memory last), low-rank ones as ``<name>.down`` ``[(memories,) rank, in]`` and ``<name>.up``
+        ``[(memories,) out, rank]``, head parameters ``[H, ...]``, ``conv_<name>`` ``[channels, taps]``.
+
+        Raises:
+            ValueError: this is one shard of several; ``MixerLayer`` gathers them.
+        """
+        self._require_one_shard()
+        return full_state(self.tensors(), dict(self.named_parameters()), lambda part, axis: part)
+
+    def load_full_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes what ``full_state`` gives, in any data type and on any device.
+
+        Raises:
+            ValueError: a missing or an unknown tensor, or one of another shape (nothing is loaded then); and as above.
+        """
+        self._require_one_shard()
+        load_full_state(self.tensors(), dict(self.named_parameters()), state, 1, 0)
+
+    def _require_one_shard(self) -> None:
+        if self.shards != 1:
+            raise ValueError(f"whole tensors need all shards, but this is shard {self.shard} of {self.shards}")
 
     def forward(
         self,
@@ -289,9 +229,10 @@ class MixerCore(nn.Module):
         return y.to(dtype).flatten(1).unflatten(0, (B, T))
 
     def _scan(self, sequences: Sequences, p: dict[str, Tensor], state: MixerState | None) -> Scan:
-        initial = None if state is None else state.get("rule")
-        if initial is None:
-            initial = self.mixer.initial_state(p, sequences.N)
+        kept = None if state is None else state.get("rule")
+        if kept is not None:
+            return Carried(sequences, kept, in_place=True)
+        initial = self.mixer.initial_state(p, sequences.N)
         return Plain(sequences, initial) if state is None else Carried(sequences, initial)
 
     def _project(
@@ -309,13 +250,13 @@ class MixerCore(nn.Module):
             return self.tokens(x, self.replicated), rows
         writes = [n for n, s in self.specs.items() if s.role == "write"]
         names = [n for n in self.specs if routes is None or n not in writes]
-        shifted = carry(state, "shift", partial(token_shift, x, cu_seqlens=sequences.cu_seqlens))
+        shifted = _shift(x, "shift", sequences, state)
         tokens = self.tokens(self.mixer.mix(names, x, shifted, p), self.replicated)
         if routes is None:
             return tokens, {}
         # What enters a memory is mixed with the token that entered it before, also where memories share projections.
         x = gather(x.flatten(0, 1), routes)
-        shifted = carry(state, "shift_rows", partial(token_shift, x[None], cu_seqlens=entered.cu_seqlens))
+        shifted = _shift(x[None], "shift_rows", entered, state)
         mixed = self.mixer.mix(writes, x, shifted[0], p)
         if self.rows is None:
             return tokens, self.tokens(mixed, self.replicated)
@@ -338,6 +279,11 @@ class MixerCore(nn.Module):
         weight = heads[f"conv_{name}"] if spec.conv and self.mixer.config.conv_size else None
         if weight is not None or spec.activation or spec.normalize:
             options = {"activation": spec.activation, "normalize": spec.width if spec.normalize else None}
+            kept = None if state is None or weight is None else state.get(f"conv_{name}")
+            if kept is not None and sequences.single:
+                rows = x.flatten(0, 1) if routes is None else gather(x.flatten(0, 1), routes)
+                y, _ = conv_step(rows, weight, kept, slots=sequences.owner.flatten(), **options)
+                return y.unflatten(0, (sequences.B, sequences.T)).unflatten(-1, (-1, spec.width))
             options |= {"routes": routes, "cu_seqlens": sequences.cu_seqlens if routes is None else None}
             convolve = partial(short_conv, x, weight, **options)
             x = carry(state if weight is not None else None, f"conv_{name}", convolve)
@@ -347,9 +293,12 @@ class MixerCore(nn.Module):
         return x.unflatten(-1, (-1, spec.width))
 
 
-def _fill_parts(tensor: Tensor, sizes: list[int], axis: int, init_method: Callable[[Tensor], object]) -> None:
-    for part in tensor.split(sizes, axis):
-        init_method(part)
+def _shift(x: Tensor, name: str, sequences: Sequences, state: MixerState | None) -> Tensor:
+    """The token before each of x ``[B, T, D]``; before a sequence's first that of the state of that name."""
+    kept = None if state is None else state.get(name)
+    if kept is not None and sequences.single:
+        return shift_step(x.flatten(0, 1), kept, slots=sequences.owner.flatten())[0].view_as(x)
+    return carry(state, name, partial(token_shift, x, cu_seqlens=sequences.cu_seqlens))
 
 
 def _fill(make: Callable[[], Tensor], tensor: Tensor) -> None:

@@ -13,6 +13,7 @@ from linear_moe.ssm.mixer import PER, Inner, Mixer, Projection, Role
 CHOICES = {"role": get_args(Role), "per": get_args(PER), "activation": ("silu", None)}
 CHOICES |= {"inner": (*get_args(Inner), None)}
 ARGUMENTS = ("p", "scan")  # of `recur`, beside the projections
+LAYERS_OWN = ("router", "out")  # of a layer's tensors
 
 
 def check_declaration(mixer: Mixer) -> None:
@@ -32,9 +33,12 @@ def check_declaration(mixer: Mixer) -> None:
     conv = [f"conv_{name}" for name, spec in projections.items() if spec.conv]
     if mixer.config.conv_size and not conv:
         raise ValueError(f"{owner}: conv_size ({mixer.config.conv_size}) has no effect, for no projection has conv")
-    _check_names(f"{owner}: projection", projections, ARGUMENTS)
-    _check_names(f"{owner}: head parameter", heads, (*conv, *dir(nn.Module())))
-    _check_names(f"{owner}: shared parameter", mixer.shared_parameters(), (*heads, *dir(nn.Module())))
+    taken = [*LAYERS_OWN, *conv]
+    _check_names(f"{owner}: projection", projections, [*taken, *ARGUMENTS])
+    taken += projections
+    _check_names(f"{owner}: head parameter", heads, [*taken, *dir(nn.Module())])
+    taken += heads
+    _check_names(f"{owner}: shared parameter", mixer.shared_parameters(), [*taken, *dir(nn.Module())])
 
 
 def _check_projection(what: str, spec: Projection) -> None:

@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from linear_moe.ops import titans_linear, ttt_linear
+from linear_moe.ops import step, titans_linear, ttt_linear
+from linear_moe.ops.check_step import OPERANDS
 from linear_moe.ops.sequences import Sequences
 
 COUNTED = (ttt_linear, titans_linear)  # rules that ask how much of its mini-batch a state has seen
@@ -48,13 +49,24 @@ class Plain(Scan):
 
 
 class Carried(Scan):
-    """From states to states: afterwards ``final`` holds those that the sequences end in, empty ones' as they were."""
+    """From states to states: afterwards ``final`` holds those that the sequences end in, empty ones' as they were.
+
+    Args:
+        in_place: the initial states may be overwritten. One token of each sequence then goes through ``ops.step``,
+            which touches the states of those alone that have one.
+    """
 
     final = None
+
+    def __init__(self, sequences: Sequences, initial=None, in_place: bool = False):
+        super().__init__(sequences, initial)
+        self.in_place = in_place
 
     def run(self, rule, operands, options):
         if rule in COUNTED and self.sequences.before is not None:
             options = {**options, "offset": self.sequences.before % options["mini_batch"]}
+        if self.in_place and self.sequences.single and rule.__name__ in OPERANDS:
+            return self.step(rule.__name__, operands, options)
         o, self.final = rule(
             *operands,
             initial_state=self.initial,
@@ -63,3 +75,10 @@ class Carried(Scan):
             **options,
         )
         return o
+
+    def step(self, rule: str, operands: tuple[Tensor | None, ...], options: dict) -> Tensor:
+        B, T = self.sequences.B, self.sequences.T
+        of_tokens = ("R" in form.split() for form in OPERANDS[rule].values())
+        rows = [x.flatten(0, 1) if of and x is not None and x.ndim > 1 else x for x, of in zip(operands, of_tokens)]
+        o, self.final = step(rule, self.initial, *rows, slots=self.sequences.owner.flatten(), **options)
+        return o.unflatten(0, (B, T))

@@ -30,7 +30,7 @@ class MixerState:
     def put(self, name: str, value) -> None:
         """Keeps ``value`` as the state of that name."""
         if name not in self.held:
-            self.held[name] = tree_map(lambda x: x.detach().clone(), value)
+            self.held[name] = tree_map(lambda x: x.detach().clone(memory_format=torch.contiguous_format), value)
             return
         for kept, x in zip(tree_leaves(self.held[name]), tree_leaves(value), strict=True):
             if kept is not x:

@@ -96,15 +96,11 @@ def test_init_gain_is_xaviers_for_each_projection(mixer, in_place, seed):
     layer = linear_moe.build_model(TINY, seed=seed, **options).decoder.layers[1].self_attention
     if in_place:  # without --use-cpu-initialization
         layer.core.initialize(partial(xavier, gain=0.3))
-    matrices = [layer.router.weight, layer.linear_proj.weight]
-    for fused in (layer.core.tokens, layer.core.rows):
-        matrices += fused.weight.split([*fused.local.values()], -2)
-        if fused.ranks:
-            matrices += fused.down.split([*fused.ranks.values()], -2)
-            matrices += [getattr(fused, f"up_{name}") for name in fused.ranks]
-    for matrix in matrices:
+    state = layer.full_state()
+    for name in ["router", *(name for name, stored in layer.tensors().items() if stored.matrix)]:
+        matrix = state[name]
         bound = 0.3 * (6 / sum(matrix.shape[-2:])) ** 0.5
-        for copy in matrix.detach().reshape(-1, *matrix.shape[-2:]):
+        for copy in matrix.reshape(-1, *matrix.shape[-2:]):
             assert 0.95 * bound < copy.abs().max() <= bound
             assert copy.std() == pytest.approx(bound / 3**0.5, rel=0.15)
 

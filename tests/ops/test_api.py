@@ -1,4 +1,4 @@
-"""The public functions: one-token steps, dtypes, and what they refuse."""
+"""The public functions: dtypes, and what they refuse."""
 
 import re
 
@@ -12,30 +12,12 @@ from tests.ops import cases
 RULES = ("linear_attention", "delta_rule")
 
 
-@pytest.mark.parametrize("backend", ("torch", "reference"))
-@pytest.mark.parametrize("decay", cases.DECAYS)
-@pytest.mark.parametrize("rule", RULES)
-def test_steps_equal_the_whole(rule, decay, backend):
-    fresh_seed()
-    x = cases.inputs(rule, decay, 2, 9)
-    state = x.pop("initial_state")
-    whole, last = getattr(ops, rule)(**x, initial_state=state, return_state=True)
-    for t in range(9):
-        token = {name: tensor if tensor.ndim == 1 else tensor[:, t] for name, tensor in x.items()}
-        o, state = ops.step(rule, state, **token, backend=backend)
-        assert rel_err(o, whole[:, t]) < 1e-12
-    assert rel_err(state, last) < 1e-12
-
-
 @pytest.mark.parametrize("dtype, kept", ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)))
 @pytest.mark.parametrize("rule", RULES)
 def test_dtypes(rule, dtype, kept):
     x = cases.inputs(rule, "scalar", 2, 5)
     x |= {name: x[name].to(dtype) for name in ("q", "k", "v")}
     o, state = getattr(ops, rule)(**x, return_state=True)
-    assert (o.dtype, state.dtype) == (dtype, kept)
-    token = {name: tensor[:, 0] for name, tensor in x.items() if name != "initial_state"}
-    o, state = ops.step(rule, x["initial_state"], **token)
     assert (o.dtype, state.dtype) == (dtype, kept)
 
 
@@ -96,24 +78,6 @@ def test_rules_refuse(bad):
 def test_packed_batch_must_be_one():
     with pytest.raises(ValueError, match=re.escape("with cu_seqlens the batch size (2) must be 1")):
         ops.linear_attention(**cases.inputs("linear_attention", "none", 2, 6), cu_seqlens=cu(0, 6))
-
-
-BAD_STEP = {
-    "rule": ({"rule": "softmax"}, "rule ('softmax') must be one of ['delta_rule', 'dplr', 'linear_attention']"),
-    "state": ({"state": None}, "state must be a tensor [B, HV, K, V]"),
-    "beta": ({"rule": "linear_attention"}, "beta is an operand of delta_rule only"),
-    "v": ({"v": torch.zeros(2, 1, 4, 12)}, "v must be a tensor [B, HV, V]"),
-    "backend": ({"backend": "cuda"}, "backend ('cuda') must be one of"),
-}
-
-
-@pytest.mark.parametrize("bad", BAD_STEP)
-def test_step_refuses(bad):
-    change, message = BAD_STEP[bad]
-    x = cases.inputs("delta_rule", "scalar", 2, 1)
-    token = {name: tensor[:, 0] for name, tensor in x.items() if name != "initial_state"}
-    with pytest.raises(ValueError, match=re.escape(message)):
-        ops.step(**{"rule": "delta_rule", "state": x["initial_state"]} | token | change)
 
 
 BAD_CONV = {

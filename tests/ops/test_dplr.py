@@ -113,18 +113,6 @@ def test_state_carries_over():
     assert rel_err(state, last) < 1e-12
 
 
-@pytest.mark.parametrize("backend", ("torch", "reference"))
-def test_steps_equal_the_whole(backend):
-    fresh_seed()
-    x = inputs(2, 9)
-    state = x.pop("initial_state")
-    whole, last = ops.dplr(**x, initial_state=state, return_state=True)
-    for t in range(9):
-        o, state = ops.step("dplr", state, **{name: y[:, t] for name, y in x.items()}, backend=backend)
-        assert rel_err(o, whole[:, t]) < 1e-12
-    assert rel_err(state, last) < 1e-12
-
-
 @pytest.mark.parametrize("packed", (False, True), ids=("dense", "packed"))
 def test_reads_no_value(packed):
     """Meta tensors take the path of a GPU and have no values: reading one raises."""
@@ -159,12 +147,3 @@ def test_refuses(bad):
     change, message = BAD[bad]
     with pytest.raises(ValueError, match=re.escape(message)):
         ops.dplr(**(inputs(1, 6) | change))
-
-
-def test_steps_refuse():
-    x = {name: y[:, 0] if name != "initial_state" else y for name, y in inputs(2, 1).items()}
-    state = x.pop("initial_state")
-    with pytest.raises(ValueError, match=re.escape("a must be a tensor, not NoneType")):
-        ops.step("dplr", state, **(x | {"a": None}))
-    with pytest.raises(ValueError, match=re.escape("a and b are operands of dplr only")):
-        ops.step("linear_attention", state, **x)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from linear_moe import ops
-from tests.ops import cases
+from tests.ops import cases, steps
 
 
 @pytest.fixture
@@ -41,3 +41,18 @@ def test_routing(no_values, packed):
     weights, indices, _ = ops.topk_router(logits, 2)
     routes = ops.route(indices, weights, num_memories=4, shared=True, cu_seqlens=cu_seqlens)
     torch.autograd.grad(ops.combine(ops.gather(x, routes), routes).sum(), (logits, x))
+
+
+@pytest.mark.parametrize("stored", (False, True), ids=("states", "store"))
+@pytest.mark.parametrize("case", steps.CASES, ids=steps.IDS)
+def test_steps(no_values, case, stored):
+    x, state = steps.draw(case, T=1)
+    slots, offset = torch.zeros(3).int() if stored else None, torch.zeros(3).int()
+    ops.step(case[0], state, *steps.token(x, 0), **steps.options(case[0], offset), slots=slots)
+
+
+@pytest.mark.parametrize("stored", (False, True), ids=("states", "store"))
+def test_steps_of_what_stands_before_a_rule(no_values, stored):
+    slots, x = torch.zeros(2).int() if stored else None, torch.zeros(2, 6)
+    ops.conv_step(x, torch.zeros(6, 4), torch.zeros(2, 6, 3), normalize=3, slots=slots)
+    ops.shift_step(x, torch.zeros(2, 6), slots=slots)

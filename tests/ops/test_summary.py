@@ -49,7 +49,9 @@ def test_strong_decay(rule, decay):
     compare(rule, x, scales={"transition": torch.ones(2, x["v"].shape[2], x["k"].shape[-1])})
 
 
-@every_rule
+@pytest.mark.parametrize(
+    "rule, decay", [("linear_attention", "channel"), ("delta_rule", "scalar"), ("dplr", "channel")]
+)
 def test_specification(rule, decay):
     fresh_seed()
     B, T, cu_seqlens = LAYOUTS["packed-empty-sequences"]

@@ -39,16 +39,11 @@ class Layer(nn.Module):
         return self.output(self.core(x, routes=routes))
 
     def parts(self, of: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
-        """name -> that part of what `of` gives for the parameters: fused projections apart, by their sections."""
+        """name -> that part of what `of` gives for the parameters: as the layer declares it."""
         parts = {"out": of(self.output.weight)} | ({"router": of(self.router.weight)} if self.mom else {})
-        for fused in filter(None, (self.core.tokens, self.core.rows)):
-            parts |= zip(fused.local, of(fused.weight).split([*fused.local.values()], fused.axis))
-            if fused.ranks:
-                down = of(fused.down).split([*fused.ranks.values()], fused.axis)
-                parts |= zip((f"{name}.down" for name in fused.ranks), down)
-            parts |= {f"{name}.up": of(getattr(fused, f"up_{name}")) for name in fused.ranks}
-        for named in (self.core.heads, self.core.shared):
-            parts |= {name: of(parameter) for name, parameter in named.named_parameters()}
+        parameters = dict(self.core.named_parameters())
+        for name, stored in self.core.tensors().items():
+            parts[name] = stored.of(of(parameters[stored.parameter]))
         return parts
 
 

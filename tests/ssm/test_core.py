@@ -24,18 +24,8 @@ def build(name, memories=0, dtype=torch.float64, **kwargs):
 
 def copy_to_memories(plain, many):
     """The plain core's projections, given to every memory of another core."""
-    weights = dict(zip(plain.tokens.local, plain.tokens.weight.split(list(plain.tokens.local.values()))))
-    downs = plain.tokens.down.split(list(plain.tokens.ranks.values())) if plain.tokens.ranks else ()
-    downs = dict(zip(plain.tokens.ranks, downs))
-    with torch.no_grad():
-        for fused in filter(None, (many.tokens, many.rows)):
-            fused.weight.copy_(torch.cat([weights[name] for name in fused.local]))
-            if fused.ranks:
-                fused.down.copy_(torch.cat([downs[name] for name in fused.ranks]))
-            for name in fused.ranks:
-                getattr(fused, f"up_{name}").copy_(getattr(plain.tokens, f"up_{name}"))
-        for name, parameter in (many.heads() | many.shared()).items():
-            parameter.copy_((plain.heads() | plain.shared())[name])
+    state = plain.full_state()
+    many.load_full_state({name: state[name].expand(tensor.shape) for name, tensor in many.full_state().items()})
 
 
 @pytest.mark.parametrize("single_kv", [False, True], ids=["own-kv", "single-kv"])

@@ -51,6 +51,8 @@ SLIPS = {  # name: (declaration, message)
     "no name": ({"projections": {"a.b": WRITE}}, "'a.b' must have a name that can be a Python argument"),
     "head per": ({"heads": {"a": HeadParameter(init=torch.zeros, per="all")}}, "parameter 'a': per must be one of"),
     "head named as shared": ({"heads": {"norm": ONE_EACH}}, "shared parameter 'norm' has a name that is already used"),
+    "head named as projection": ({"heads": {"k": ONE_EACH}}, "head parameter 'k' has a name that is already used"),
+    "named as the layer's": ({"projections": {"out": WRITE}}, "projection 'out' has a name that is already used"),
     "head named as module": ({"heads": {"half": ONE_EACH}}, "head parameter 'half' has a name that is already used"),
     "shared named as module": ({"shared": {"training": lambda: torch.ones(1)}}, "'training' has a name that is"),
     "conv_size": ({"conv_size": 4}, r"conv_size \(4\) has no effect, for no projection has conv"),

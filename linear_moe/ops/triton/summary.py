@@ -22,7 +22,7 @@ def _zeros(p, heads, channels):
 
 def _identity(p):
     """[N, HV, K, K]."""
-    return torch.eye(p.K, device=p.device).expand(p.N, p.HV, p.K, p.K).contiguous()
+    return torch.eye(p.K, dtype=torch.float32, device=p.device).expand(p.N, p.HV, p.K, p.K).contiguous()
 
 
 def _sum(x, y):
@@ -155,7 +155,7 @@ def linear_attention(k, v, g=None, *, cu_seqlens=None):
     """See api.summary."""
     transition, state = _Attention.apply(*contiguous(k, v, g), cu_seqlens)
     if transition is None:
-        return torch.ones(state.shape[:3], device=state.device), state
+        return torch.ones(state.shape[:3], dtype=state.dtype, device=state.device), state
     return transition.expand(state.shape[:3]).contiguous(), state
 
 

@@ -5,7 +5,6 @@ import torch
 
 from linear_moe import ops
 from linear_moe.ops.triton import dplr, launch, problem
-from linear_moe.ops.triton.step import step
 from tests.helpers import fresh_seed, rel_err
 from tests.ops import cases
 
@@ -108,8 +107,8 @@ def test_repeats_bit_for_bit():
 
 
 def what_is_compiled(T, N):
-    """Every launch's kernel, argument types and constants, of a rule and a step on meta tensors: they have no values,
-    so reading one raises."""
+    """Every launch's kernel, argument types and constants, of a rule on meta tensors: they have no values, so
+    reading one raises."""
     launch.recorded.clear()
     with torch.device("meta"):
         cu_seqlens = torch.zeros(N + 1, dtype=torch.int32) if N else None
@@ -118,8 +117,6 @@ def what_is_compiled(T, N):
         options = {"scale": 0.3, "return_state": True, "cu_seqlens": cu_seqlens}
         o, state = dplr.dplr(**dict(zip(x, leaves)), **options)
         torch.autograd.grad(o.sum() + state.sum(), leaves)
-        token = {name: y[:, -1].float() for name, y in x.items() if name != "initial_state"}
-        step("dplr", torch.zeros(1 if N else 2, cases.H, cases.K, cases.V), beta=None, **token, scale=0.3)
     found = set()
     for kernel, _, arguments, options in launch.recorded:
         fixed = [n for n, y in zip(kernel.arg_names, arguments) if isinstance(y, int) and n not in launch.RUNTIME]
@@ -134,43 +131,3 @@ def what_is_compiled(T, N):
 def test_reads_no_value(packed):
     sizes = ((16, packed), (17, packed), (4096, 2 * packed), (100, packed and 1))
     assert len({what_is_compiled(*size) for size in sizes}) == 1
-
-
-@pytest.mark.parametrize("dtype, tolerance", ((torch.float32, 1e-5), (torch.float16, 2e-3)), ids=str)
-@pytest.mark.parametrize("widths", ((64, 64), (20, 37), (1, 1), (129, 5)), ids=str)
-def test_step(monkeypatch, widths, dtype, tolerance):
-    """Against the torch version, strong decays included; operands are slices, the given state stays as it is."""
-    for name, width in zip("KV", widths):
-        monkeypatch.setattr(cases, name, width)
-    fresh_seed()
-    x = inputs(3, 2)
-    state = x.pop("initial_state").float()
-    before, token = state.clone(), {name: y[:, 1].to(dtype) for name, y in x.items()}
-    o, new = step("dplr", state, beta=None, **token, scale=0.3)
-    exact = {name: y.double() for name, y in token.items()}
-    expected, expected_state = ops.step("dplr", state.double(), **exact, scale=0.3, backend="torch")
-    assert o.dtype == dtype and rel_err(o, expected) < tolerance
-    assert rel_err(new, expected_state) < 1e-5
-    assert torch.equal(state, before)
-
-
-def test_steps_equal_the_rule():
-    fresh_seed()
-    x = {name: y.float() for name, y in inputs(2, 5).items()}
-    state = x.pop("initial_state")
-    whole, last = ops.dplr(**x, initial_state=state, return_state=True, backend="triton")
-    with torch.no_grad():
-        for t in range(5):
-            token = {name: y[:, t] for name, y in x.items()}
-            o, state = ops.step("dplr", state, **token, backend="triton")
-            assert rel_err(o, whole[:, t]) < 1e-5
-    assert rel_err(state, last) < 1e-5
-
-
-def test_step_refuses():
-    x = inputs(2, 1)
-    token = {name: y[:, 0].float() for name, y in x.items() if name != "initial_state"}
-    with pytest.raises(ValueError, match="dplr: b must be a tensor, not NoneType"):
-        ops.step("dplr", x["initial_state"], **(token | {"b": None}))
-    with pytest.raises(ValueError, match="a and b are operands of dplr only"):
-        ops.step("linear_attention", x["initial_state"], **token)

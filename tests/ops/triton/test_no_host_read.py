@@ -12,19 +12,20 @@ import torch
 import linear_moe.ops.triton
 from linear_moe import ops
 from linear_moe.mom import MoMConfig, Router, make_routes
-from linear_moe.ops import api
+from linear_moe.ops import api, decoding
 from linear_moe.ops.sequences import Sequences
 from linear_moe.ops.triton import launch
 from linear_moe.ssm.core import MixerCore
 from linear_moe.ssm.registry import mixer_class
-from tests.ops import cases
+from tests.ops import cases, steps
 
 READS = {"item", "tolist", "cpu", "numpy", "nonzero", "tensor", "as_tensor", "synchronize", "unique", "masked_select"}
 
 
 @pytest.fixture(autouse=True)
 def on_meta(monkeypatch):
-    monkeypatch.setattr(api, "choose_backend", lambda *args, **options: "triton")
+    for module in (api, decoding):
+        monkeypatch.setattr(module, "choose_backend", lambda *args, **options: "triton")
     launch.recorded.clear()
     with torch.device("meta"):
         yield
@@ -39,12 +40,14 @@ def rule(name, decay, T, N):
     torch.autograd.grad(o.sum() + state.sum(), leaves)
 
 
-def step(name, decay, T, N):
-    """The last token of a sequence whose length is in its strides."""
-    x = cases.inputs(name, decay, 3, T)
-    x = {n: t[:, -1] if t.ndim > 1 and n != "initial_state" else t for n, t in x.items()}
+def step(case, T, stored):
+    """The last token of a sequence whose length is in its strides, on states of R rows or in a store of T."""
+    x, state = steps.draw(case, R=T if stored else 3, T=T)
+    x = {n: t[:3].float() if n not in ("u", "weight", "bias") and t.ndim > 1 else t.float() for n, t in x.items()}
+    state = steps.map_state(torch.Tensor.float, state)
+    slots, offset = torch.zeros(3, dtype=torch.int64) if stored else None, torch.zeros(T if stored else 3).int()
     with torch.no_grad():
-        ops.step(name, x.pop("initial_state"), **{n: t.float() for n, t in x.items()})
+        ops.step(case[0], state, *steps.token(x, -1), **steps.options(case[0], offset), slots=slots)
 
 
 def layer(name, memories, T, N):
@@ -86,10 +89,10 @@ def test_rules(name, decay, packed):
     assert len({frozenset(what_is_compiled(rule, name, decay, *size)) for size in sizes}) == 1
 
 
-@pytest.mark.parametrize("decay", cases.DECAYS)
-@pytest.mark.parametrize("name", ("linear_attention", "delta_rule"))
-def test_steps(name, decay):
-    assert len({frozenset(what_is_compiled(step, name, decay, T, 0)) for T in (1, 10, 11, 64)}) == 1
+@pytest.mark.parametrize("stored", (False, True), ids=("states", "store"))
+@pytest.mark.parametrize("case", steps.CASES, ids=steps.IDS)
+def test_steps(case, stored):
+    assert len({frozenset(what_is_compiled(step, case, T, stored)) for T in (3, 10, 11, 64)}) == 1
 
 
 @pytest.mark.parametrize("packed", (0, 5), ids=("dense", "packed"))

@@ -1,96 +1,115 @@
-"""The one-token kernel against the torch version and, token by token, against the loop."""
+"""The one-token kernels against the torch version in float64, on states of their own and in a store."""
 
 import pytest
 import torch
 
-from linear_moe.ops import reference
-from linear_moe.ops import step as torch_step
-from linear_moe.ops.triton.step import step
+from linear_moe import ops
 from tests.helpers import fresh_seed, rel_err
+from tests.ops import steps
+from tests.ops.steps import CASES, IDS, MINI_BATCH
 
-RULES = ("linear_attention", "delta_rule")  # dplr: test_dplr.py
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3}
-SHAPES = {  # B, H, HV, K, V
-    "plain": (3, 2, 2, 64, 64),
-    "grouped": (2, 2, 6, 20, 37),
-    "largest": (1, 1, 2, 256, 256),
-    "narrow": (2, 1, 1, 1, 1),
-    "odd": (2, 3, 3, 129, 5),
-    "no-sequence": (0, 2, 2, 16, 16),
+S = 5
+SIZES = {  # and whether the states lie in a store
+    "states": ({"R": 2, "HV": 2, "K": 32, "V": 32, "D": 32, "M": 40}, False),
+    "store": ({"R": 2, "H": 1, "HV": 3, "K": 20, "V": 37, "D": 37, "M": 70}, True),
+    "narrow": ({"R": 2, "H": 1, "HV": 1, "K": 1, "V": 1, "D": 2, "M": 1}, True),
+    "no-row": ({"R": 0}, True),
 }
-DECAYS = {"none": (), "constant": ("HV",), "scalar": ("B", "HV"), "channel": ("B", "HV", "K")}
+LARGEST = {"R": 1, "H": 1, "HV": 1, "K": 256, "V": 256, "D": 128, "M": 20}  # online rules: at most 128 channels
+every_case = pytest.mark.parametrize("case", CASES, ids=IDS)
 
 
-def draw(rule, shape, decay, dtype, strength=1.0):
-    B, H, HV, K, V = SHAPES[shape]
-    sizes = {"B": B, "HV": HV, "K": K}
-    q, k, v = torch.randn(B, H, K), torch.nn.functional.normalize(torch.randn(B, H, K), dim=-1), torch.randn(B, HV, V)
-    beta = torch.rand(B, HV).to(dtype) if rule == "delta_rule" else None
-    g = -strength * torch.rand([sizes[name] for name in DECAYS[decay]]) if DECAYS[decay] else None
-    return torch.randn(B, HV, K, V), *(x.to(dtype) for x in (q, k, v)), beta, g
+def assert_matches_torch(case, x, stored, dtype=torch.float32, change=lambda y: y):
+    """One token, rounded to dtype and laid out as `change` does."""
+    rule, R = case[0], len(x["v"])
+    state = steps.draw(case, R=S if stored else R, **sizes_of(x))[1]
+    state = steps.map_state(torch.Tensor.float, state)
+    x = {name: y.to(dtype if name in steps.ROUNDED else torch.float32) for name, y in x.items()}
+    operands, exact = steps.token(x, 0), steps.token({name: y.double() for name, y in x.items()}, 0)
+    slots = torch.randperm(S, dtype=torch.int32)[:R] if stored else None
+    given = steps.options(rule, torch.randint(MINI_BATCH, (len(steps.parts(state)[0]),)))
+    before = steps.map_state(torch.clone, state)
+    with torch.no_grad():
+        o, new = ops.step(rule, state, *map(change, operands), **given, slots=slots, backend="triton")
+    twin = steps.map_state(torch.Tensor.double, before)
+    expected, final = ops.step(rule, twin, *exact, **given, slots=slots, backend="torch")
+    assert o.dtype == dtype and rel_err(o, expected) < TOLERANCES[dtype]
+    for a, b, old, kept in zip(*map(steps.parts, (new, final, before, state))):
+        assert a.dtype == torch.float32 and rel_err(a, b) < 1e-5
+        assert torch.equal(kept, old) != stored or R == 0
+        if stored:
+            untouched = [n for n in range(S) if n not in slots.tolist()]
+            assert a is kept and torch.equal(a[untouched], old[untouched])
 
 
-def assert_close(found, operands, rule, scale=0.3):
-    exact = [None if x is None else x.double() for x in operands]
-    wanted = torch_step(rule, *exact, scale=scale, backend="torch")
-    assert found[0].dtype == operands[3].dtype and found[1].dtype == torch.float32
-    assert rel_err(found[0], wanted[0]) < TOLERANCES[operands[3].dtype]
-    assert rel_err(found[1], wanted[1]) < 1e-5
+def sizes_of(x):
+    """What draw takes to draw a state for these operands."""
+    (H, K), (HV, V) = x["k"].shape[2:], x["v"].shape[2:]
+    return {"H": H, "K": K, "HV": HV, "V": V, "D": V, "M": x["s"].shape[-1] if "s" in x else 1}
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("rule", RULES)
-def test_matches_torch(rule, shape, decay, dtype):
+@pytest.mark.parametrize("sizes", SIZES)
+@every_case
+def test_matches_torch(case, sizes):
     fresh_seed()
-    operands = draw(rule, shape, decay, dtype)
-    before = operands[0].clone()
-    assert_close(step(rule, *operands, scale=0.3), operands, rule)
-    assert torch.equal(operands[0], before)
+    sizes, stored = SIZES[sizes]
+    assert_matches_torch(case, steps.draw(case, T=1, **sizes)[0], stored)
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_strong_decay(rule):
+@every_case
+def test_half_precision(case):
     fresh_seed()
-    operands = draw(rule, "plain", "channel", torch.float32, strength=50.0)
-    assert_close(step(rule, *operands, scale=0.3), operands, rule)
+    assert_matches_torch(case, steps.draw(case, R=1, T=1)[0], stored=False, dtype=torch.float16)
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_slices_of_a_projection(rule):
-    """Operands are read where they lie, whatever their strides, also a state and a decay by channel."""
+@pytest.mark.parametrize("case", CASES[7:], ids=IDS[7:])
+def test_largest_heads(case):
     fresh_seed()
-    B, H, HV, K, V = SHAPES["grouped"]
-    fused = torch.randn(B, 2 * H * K + HV * V + HV)
-    q, k, v, beta = fused.split((H * K, H * K, HV * V, HV), -1)
-    beta = beta if rule == "delta_rule" else None
-    state, g = torch.randn(B, K, HV, V).transpose(1, 2), -torch.rand(B, K, HV).mT
-    operands = state, q.view(B, H, K), k.view(B, H, K) / K, v.view(B, HV, V), beta, g
-    assert_close(step(rule, *operands, scale=0.3), operands, rule)
+    widths = LARGEST | ({"K": 128, "V": 128} if case[0] == "titans_linear" else {})
+    assert_matches_torch(case, steps.draw(case, T=1, **widths)[0], stored=True)
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_in_place_decoding_equals_the_loop(rule):
+@every_case
+def test_every_decay_strong(case):
     fresh_seed()
-    tokens = [draw(rule, "grouped", "scalar", torch.float32)[1:] for _ in range(5)]
-    state = start = torch.randn(*SHAPES["grouped"][:1], *SHAPES["grouped"][2:])
-    state = state.clone()
-    outputs = []
-    for token in tokens:
-        o, new = step(rule, state, *token, scale=0.3, out_state=state)
-        assert new is state
-        outputs.append(o)
-    operands = [torch.stack(x, 1).double() for x in zip(*tokens) if x[0] is not None]
-    o, final = getattr(reference, rule)(*operands, scale=0.3, initial_state=start.double(), return_state=True)
-    assert rel_err(torch.stack(outputs, 1), o) < 1e-5
-    assert rel_err(state, final) < 1e-5
+    x, _ = steps.draw(case, R=1, T=1)
+    x |= {name: torch.full_like(x[name], -50) for name in ("g", "m") if name in x}
+    assert_matches_torch(case, x, stored=True)
 
 
-@pytest.mark.parametrize(
-    "out", (torch.zeros(3, 2, 64, 64).mT, torch.zeros(3, 2, 64, 64, dtype=torch.float16)), ids=("strides", "dtype")
-)
-def test_bad_out_state(out):
-    operands = draw("delta_rule", "plain", "none", torch.float32)
-    with pytest.raises(ValueError, match="out_state must be contiguous"):
-        step("delta_rule", *operands, scale=1.0, out_state=out)
+@every_case
+def test_operands_of_any_layout(case):
+    """Slices of a fused projection, and decays with their channels outside."""
+    fresh_seed()
+
+    def change(y):
+        if y.ndim == 3 and y.shape[1] == 2:
+            return torch.cat([y, y], 1)[:, 2:]
+        return y.mT.contiguous().mT if y.ndim > 1 else torch.stack([y, y], 1)[:, 0]
+
+    assert_matches_torch(case, steps.draw(case, R=2, T=1)[0], stored=False, change=change)
+
+
+@every_case
+def test_decoding_in_a_store_equals_the_loop(case):
+    fresh_seed()
+    rule, R, T = case[0], 1, 5
+    x, state = steps.draw(case, R=R, T=T, HV=2)
+    offset, slots = torch.randint(MINI_BATCH, (S,)), torch.randperm(S)[:R]
+    expected, final = steps.whole(rule, x, state, offset[slots])
+    store = steps.map_state(lambda y: torch.zeros(S, *y.shape[1:]).index_copy(0, slots, y.float()), state)
+    x = {name: y.float() for name, y in x.items()}
+    for t in range(T):
+        given = steps.options(rule, (offset + t) % MINI_BATCH)
+        o, _ = ops.step(rule, store, *steps.token(x, t), **given, slots=slots, backend="triton")
+        assert rel_err(o, expected[:, t]) < 1e-5
+    assert all(rel_err(a[slots], b) < 1e-5 for a, b in zip(steps.parts(store), steps.parts(final)))
+
+
+@pytest.mark.parametrize("rule", ("ttt_linear", "titans_linear"))
+def test_wide_heads_of_rules_that_learn_online(rule):
+    x, state = steps.draw((rule, None), T=1, K=129, V=129, D=129)
+    x, state = {name: y.float() for name, y in x.items()}, state.float()
+    with pytest.raises(ValueError, match="heads of at most 128 channels, not 129"):
+        ops.step(rule, state, *steps.token(x, 0), backend="triton")
