@@ -41,7 +41,9 @@ def main() -> None:
     print("\n4. Evaluate on the validation tokens, each once (whole batches of them)", flush=True)
     once = (corpus["tokens"] - 1) // SEQUENCE // BATCH
     loss = train(args, folder, ["--train-iters", total, "--skip-train", "--eval-iters", once])
-    sys.exit(show(folder, corpus, baseline, loss))
+    status = show(folder, corpus, baseline, loss)
+    sample(folder)
+    sys.exit(status)
 
 
 def iteration(folder: Path) -> int:
@@ -79,10 +81,18 @@ def show(folder: Path, corpus: dict, baseline, loss: float) -> int:
         f"     --config demo --tokenizer-model {folder}/bpe \\\n"
         f"     --train-data-path {folder}/train --valid-data-path {folder}/valid \\\n"
         "     --train-iters 200 --mixer gla --mom-memories 0\n"
+        f"more of what it writes: {programs / 'linear-moe'} generate --load {folder}/checkpoints\n"
         f"your own text: {programs / 'linear-moe'} preprocess --help; all flags: pretrain --help\n"
         f"this demo once more: remove {folder}"
     )
     return 0 if better else 1
+
+
+def sample(folder: Path) -> None:
+    """What the model writes."""
+    print("\n6. What it writes behind `def `", flush=True)
+    words = [sys.executable, "-m", "linear_moe", "generate", "--load", str(folder / "checkpoints"), "--prompt", "def "]
+    subprocess.run([*words, *"--max-new-tokens 200 --temperature 0.7 --top-p 0.95 --seed 1".split()], check=True)
 
 
 def prepare(folder: Path):

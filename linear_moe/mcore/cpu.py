@@ -238,6 +238,7 @@ def _patch_megatron() -> None:
     """The few places where Megatron itself must know that there is no GPU."""
     import megatron.training as package
     from megatron.core import jit
+    from megatron.core.inference import communication_utils
     from megatron.core.tensor_parallel import random as mcore_random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
     from megatron.training import initialize, training
@@ -260,6 +261,8 @@ def _patch_megatron() -> None:
     mcore_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     # ... and their fork() warns whenever the CPU generator was used inside it, which here is its purpose.
     logging.getLogger(mcore_random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.msg)
+
+    communication_utils._is_cuda = lambda tensor: None  # asserts it of what pipeline stages send each other
 
     # Split sizes become numpy only on their way from the GPU; all_to_all_single does not take them as tensors.
     move = moe_utils.maybe_move_tensor_to_cpu

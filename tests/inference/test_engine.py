@@ -13,11 +13,8 @@ from tests.parallel.launch import Case, run_cases
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 TP2_SP = TP2 | {"sequence_parallel": True}
 CASES = {  # name: (model, who writes, layout)
-    "tp": ("hybrid", "generate", TP2),
-    "tp-sp": ("hybrid", "generate", TP2_SP),
     "tp-sp-mom": ("mom", "generate", TP2_SP),
     "tp-engine": ("hybrid", "engine", TP2),
-    "pp-engine": ("hybrid", "engine", PP2),
     "pp-mom-engine": ("mom", "engine", PP2),
 }
 
@@ -53,6 +50,13 @@ def together(prompts):
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_write_the_same(alone, together, case):
     assert together[case].results == [alone[CASES[case][0]][1]] * 2
+
+
+def test_generate_refuses_pipelines(alone, prompts, monkeypatch):
+    model = alone["hybrid"][0]
+    monkeypatch.setattr(model.config, "pipeline_model_parallel_size", 2)
+    with pytest.raises(ValueError, match="pipeline_model_parallel_size is 2: use Megatron's static engine"):
+        generate(model, prompts, STEPS)
 
 
 class Dynamic(BaseInferenceContext):

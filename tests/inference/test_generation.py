@@ -19,6 +19,7 @@ HYBRID = {
     "mom_memories": 3,
     "num_experts": 2,
     "moe_ffn_hidden_size": 32,
+    "disable_bias_linear": True,
 }
 MODELS["hybrid-mom"] = SIZE | HYBRID
 

@@ -3,6 +3,8 @@
 import argparse
 import json
 import re
+import runpy
+import subprocess
 
 import pytest
 
@@ -10,6 +12,7 @@ from linear_moe.commands import generate as command
 from linear_moe.inference import generate, text
 from linear_moe.inference.text import Printer, Text
 from linear_moe.mcore.load import load_model
+from tests.mcore.test_pretrain import ROOT
 
 PROMPTS = ["def wrap(self, text):", "é 漢字"]
 
@@ -137,3 +140,11 @@ def test_refuses_lines_and_tokenizers(trained, monkeypatch, tmp_path):
         text._tokenizer(None, saved, limits)
     with pytest.raises(SystemExit):
         run(trained, "--input", path)
+
+
+def test_the_demo_ends_with_a_sample(trained, tmp_path, monkeypatch, capsys):
+    demo = runpy.run_path(str(ROOT / "examples" / "demo.py"))
+    (tmp_path / "checkpoints").symlink_to(trained.load)
+    monkeypatch.setattr(subprocess, "run", lambda words, check: command.main(words[4:]))
+    demo["sample"](tmp_path)
+    assert re.search(r"\ndef (.|\n){20,}", capsys.readouterr().out)
