@@ -50,13 +50,14 @@ PROGRAMS = {"linear-moe": LINEAR_MOE, "torchrun": TORCHRUN, "pip": "#!/bin/sh\n"
 def run(command, folder):
     """The output of a program that README names, called in a folder."""
     programs = folder / "bin"
-    programs.mkdir()
+    programs.mkdir(exist_ok=True)
     for name, text in PROGRAMS.items():
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     environment |= {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
+    streams = {"stdin": subprocess.DEVNULL, "capture_output": True}
+    done = subprocess.run(command, cwd=folder, env=environment, text=True, timeout=280, **streams)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
 
@@ -141,13 +142,37 @@ def write_corpus(folder):
         more.writelines(json.dumps({"text": part}) + "\n" for part in files[0].read_text().split("\n\n") * 20)
 
 
+def write_chat(folder):
+    """A model to write with: bytes, so that any text is in its vocabulary."""
+    write_corpus(folder)
+    (train,) = (block for block in BLOCKS if block.startswith("linear-moe preprocess"))
+    *training, _ = train.replace("32000", "400").strip().split("\nlinear-moe ")
+    run(["bash", "-euo", "pipefail", "-c", "\nlinear-moe ".join(training)], folder)
+    (folder / "prompts.jsonl").write_text('{"prompt": "def "}\n{"prompt": "import "}\n')
+
+
+def write_from_python(block, folder):
+    flags = "--config tiny --save out --mock-data --tokenizer-type NullTokenizer --vocab-size 511"
+    run(["linear-moe", "pretrain", *flags.split()], folder)
+    names = {}
+    with pytest.MonkeyPatch.context() as there:
+        there.chdir(folder)
+        exec(block, names)
+    assert [len(tokens) for tokens in names["written"]] == [20, 20]
+
+
 HOW = {  # how a block begins -> how it is run
     "make demo": make,
     "1. Corpus:": shown,
     "pip install": Shell({"^usage: linear-moe": 1, "^llama3/340m_mom ": 1, LOSS: 3, "^layout: 2 processes on CPU": 1}),
     "linear-moe preprocess": Shell(
-        {r"^data/train\.bin: \d+ documents": 1, LOSS: 3}, write_corpus, {"--train-bpe 32000": "--train-bpe 400"}, SAVED
+        {r"^data/train\.bin: \d+ documents": 1, LOSS: 3, "^import .": 1},
+        write_corpus,
+        {"--train-bpe 32000": "--train-bpe 400"},
+        SAVED,
     ),
+    "linear-moe generate": Shell({"^Say something": 1}, write_chat, made="written.jsonl"),
+    "from linear_moe import load_model": write_from_python,
     "import torch\n\nimport linear_moe\n": build,
     "from megatron.core.enums": own_script,
     "import torch\n\nfrom linear_moe.ops": mixer,
