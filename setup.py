@@ -10,13 +10,15 @@ extras = {
     "sft": ["datasets>=2.18", "transformers>=5.0"],
     "hf": ["safetensors>=0.4", "transformers>=5.0"],
     "eval": ["lm-eval>=0.4.8"],
+    "muon": ["emerging-optimizers>=0.2"],
     "look": ["matplotlib>=3.9", "tensorboard>=2.17"],
     "gpu": ["transformer-engine[pytorch]>=2.0"],
     "peers": ["flash-linear-attention==0.6.0", "einops", "transformers>=5.6.2,<6"],  # what tests compare with
 }
 extras["gpu-peers"] = [*extras["peers"], "flash-qla==0.1.3", "tilelang"]  # what benchmarks compare with
 extras["dev"] = [
-    *extras["data"], *extras["hf"], *extras["look"], *extras["peers"], "pytest>=8.3", "pytest-xdist>=3.7",
+    *extras["data"], *extras["hf"], *extras["look"], *extras["muon"], *extras["peers"],
+    "pytest>=8.3", "pytest-xdist>=3.7",
     "ruff==0.17.5",
     "setuptools>=77",  # a test builds the wheel without a network
 ]  # fmt: skip

@@ -9,7 +9,7 @@ import functools
 import os
 from pathlib import Path
 
-from linear_moe.mcore import old_layout, optimizer_state
+from linear_moe.mcore import muon, old_layout, optimizer_state
 from linear_moe.mcore.damage import TRACKER, damage, iteration, loaded_folder, remedy, whole
 from linear_moe.mcore.writers import patch_writers
 
@@ -251,3 +251,4 @@ def patch_megatron() -> None:
     patch_writers()
     optimizer_state.patch()
     old_layout.patch()
+    muon.patch()

@@ -6,6 +6,7 @@ import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 
 from linear_moe.mcore.arguments import layer_options
+from linear_moe.mcore.muon import check_muon
 from linear_moe.mcore.specs import LayerOptions, moe_layers
 from linear_moe.ops.backend import check_compiler
 from linear_moe.ssm.declaration import check_declaration
@@ -33,6 +34,7 @@ def check_arguments(args) -> None:
         _check_local_latent_attention(args)
     _check_layout(args)
     _check_training(args, options)
+    check_muon(args, bool(options.linear))
     for letter, choice in options.linear.items():
         mixer = choice.mixer(choice.config)
         check_declaration(mixer)

@@ -27,6 +27,8 @@ from torch import Tensor
 from linear_moe.mcore.inference import sequences_of, state_of
 from linear_moe.mcore.init import xavier
 from linear_moe.mcore.masks import packed_cu_seqlens, padding_tokens, require_causal
+from linear_moe.mcore.muon import mark
+from linear_moe.mcore.replicated import SumGradients
 from linear_moe.mcore.sections import by_section
 from linear_moe.mcore.telemetry import telemetry
 from linear_moe.mom import MoMConfig, Router, make_routes
@@ -71,8 +73,9 @@ class MixerLayer(MegatronModule):
     """Heads over tensor-parallel ranks; hidden states ``[s (/ tp under SP), b, hidden]`` in and out.
 
     The hidden states are gathered (SP) or copied (TP) once. From there every gradient is a partial sum over the ranks:
-    the copy's backward adds up the input's, and ``_replicated`` adds up those of parameters that all ranks hold. So the
-    router, which every rank computes in full, gets the sum over ranks of its routing weights' gradients.
+    the copy's backward adds up the input's. Those of parameters that all ranks hold are added up in one collective for
+    the layer (``SumGradients``), or under SP by Megatron, with its norms', once a step. So the router, which every rank
+    computes in full, gets the sum over ranks of its routing weights' gradients.
 
     Args:
         config, submodules, layer_number (from 1), pg_collection: as Megatron gives them to self-attention.
@@ -105,6 +108,7 @@ class MixerLayer(MegatronModule):
         pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         self.tp_group, self.layer_number, self.mom = pg_collection.tp, layer_number, mom
         self.call: Call | None = None  # the microbatch at hand; see `before_forward`
+        self.copies: dict[Tensor, Tensor] = {}  # see `_copy_replicated`
         factory = {
             "dtype": config.params_dtype,
             "device": "cpu" if config.use_cpu_initialization else torch.cuda.current_device(),
@@ -132,10 +136,6 @@ class MixerLayer(MegatronModule):
             self.core.initialize(init_method)
             if mom:
                 init_method(self.router.weight)
-        axes = {stored.parameter: stored.axis for stored in self.core.tensors().values()}
-        for key, parameter in self.core.named_parameters():
-            if axes[key] is not None:
-                set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=axes[key], stride=1)
         self.linear_proj = build_module(
             submodules.linear_proj,
             mixer_config.num_value_heads * mixer_config.value_head_dim,
@@ -150,15 +150,31 @@ class MixerLayer(MegatronModule):
             tp_group=self.tp_group,
             name=f"{name}.linear_proj" if name else None,
         )
+        declared = self.tensors()
+        axes = {s.parameter: s.axis for s in declared.values() if not s.parameter.startswith("linear_proj.")}
+        self.replicated = [name for name, axis in axes.items() if axis is None]  # what all ranks hold
+        for name, axis in axes.items():
+            parameter = self.get_parameter(name)
+            if axis is not None:
+                set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=axis, stride=1)
+            else:
+                parameter.sequence_parallel = config.sequence_parallel  # then Megatron sums its gradient
+        mark(self, declared)
         if init_gain is not None:  # `init.reinitialize` goes by parameter
             self.core.set_initializer(init_method)
             self.linear_proj.weight.initializer = output_init_method
             if mom:
                 self.router.weight.initializer = init_method
 
+    def _copy_replicated(self) -> dict[Tensor, Tensor]:
+        """Parameter whose gradient must be summed over the ranks -> what stands for it in this forward pass."""
+        if self.tp_group.size() == 1 or self.config.sequence_parallel or not torch.is_grad_enabled():
+            return {}
+        parameters = [parameter for parameter in map(self.get_parameter, self.replicated) if parameter.requires_grad]
+        return dict(zip(parameters, SumGradients.apply(self.tp_group, *parameters))) if parameters else {}
+
     def _replicated(self, parameter: Tensor) -> Tensor:
-        """The parameter; its gradient is summed over the tensor-parallel ranks, each of which adds its heads' part."""
-        return copy_to_tensor_model_parallel_region(parameter, group=self.tp_group)
+        return self.copies.get(parameter, parameter)
 
     def _loss_scale(self, padding: Tensor | None, tokens: int) -> Tensor | float:
         """What an auxiliary loss of one must weigh here, so that it adds to the model's loss as one.
@@ -199,6 +215,7 @@ class MixerLayer(MegatronModule):
             x = gather_from_sequence_parallel_region(hidden_states, group=self.tp_group)
         else:
             x = copy_to_tensor_model_parallel_region(hidden_states, group=self.tp_group)
+        self.copies = self._copy_replicated()
         x = x.transpose(0, 1)  # [b, s, hidden]
         state = None
         if inference_context is None:
@@ -218,6 +235,7 @@ class MixerLayer(MegatronModule):
                 telemetry.record(self.layer_number, routing)
             routes = make_routes(routing, self.mom, shape, sequences.cu_seqlens, scale)
         y = self.core(x, routes=routes, sequences=sequences, state=state)
+        self.copies = {}
         return self.linear_proj(y.transpose(0, 1).contiguous())
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):

@@ -13,7 +13,10 @@ from tests.parallel.test_layouts import DIST, SP, TP2, last_iterations
 
 HERE = "tests.parallel.test_whole_tensors"
 # Of all mixers the ones whose layers hold the most kinds of tensors.
-LAYERS = '--mixer {"D":"rwkv7","R":"rwkv6"} --layer-pattern DR --num-layers 2 --mom-memories 2 --mom-topk 1'
+LAYERS = (
+    '--mixer {"D":"rwkv7","R":"rwkv6"} --mixer-args {"D":{"conv_size":4},"R":{}} --layer-pattern DR --num-layers 2 '
+    "--mom-memories 2 --mom-topk 1"
+)
 SHORT = "--seq-length 16 --global-batch-size 2 --train-iters 3"
 
 
@@ -32,9 +35,7 @@ def train(data, flags, save, load=None, old=False):
 
 def full_states(flags):
     """Layer -> what its `full_state` says on this rank, before and after it has loaded twice that."""
-    from linear_moe.mcore.mixer_layer import MixerLayer
-
-    layers = [module for module in build(flags).modules() if isinstance(module, MixerLayer)]
+    layers = mixer_layers(build(flags))
     states = [layer.full_state() for layer in layers]
     for layer, state in zip(layers, states):
         layer.load_full_state({name: 2 * tensor for name, tensor in state.items()})
@@ -64,6 +65,27 @@ def build(flags):
     return built
 
 
+def mixer_layers(model):
+    return [layer.self_attention for layer in model.decoder.layers]
+
+
+def collectives(flags):
+    """Sizes of what a backward sums over tensor-parallel ranks, and of what all of these hold of each layer."""
+    built = build(flags)
+    held = [sum(map(torch.numel, map(layer.get_parameter, layer.replicated))) for layer in mixer_layers(built)]
+    tokens = torch.arange(32)[None]
+    loss = built(tokens, tokens, None, labels=tokens).mean()
+    sizes, all_reduce = [], torch.distributed.all_reduce
+
+    def counted(tensor, *args, **options):
+        sizes.append(tensor.numel())
+        return all_reduce(tensor, *args, **options)
+
+    with mock.patch.object(torch.distributed, "all_reduce", counted):
+        loss.backward()
+    return sizes, held
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("whole")
@@ -79,6 +101,8 @@ def outcomes(tmp_path_factory, data):
 
     alone = [training("old", "", old=True), training("one", "", load=places["old"]), states("states", "")]
     pairs = [training("two", f"{TP2} {SP} {DIST}", load=places["old"]), states("states-tp2", TP2)]
+    for name, flags in (("sums", TP2), ("sums-sp", f"{TP2} {SP}")):
+        pairs.append(Case(name, f"{HERE}:collectives", {"flags": f"{LAYERS} {flags}"}))
     return run_cases(1, alone) | run_cases(2, pairs)
 
 
@@ -90,6 +114,16 @@ def test_full_state_does_not_depend_on_the_layout(outcomes):
             assert found.keys() == expected.keys()
             assert all(found[name].equal(tensor) for name, tensor in expected.items())
     assert all(twice[name].equal(2 * once[name]) for once, twice in zip(before, after) for name in once)
+
+
+def test_gradients_of_what_all_ranks_hold_are_one_collective(outcomes):
+    """A layer's and no more, beside those of the inputs of its mixer, its feed-forward and the output layer; under
+    sequence parallelism none, for Megatron sums them once a step.
+    """
+    sizes, held = outcomes["sums"].result
+    inputs = 32 * 32
+    assert len(set(held)) == 2 and sorted(sizes) == sorted([*held, *[inputs] * (2 * len(held) + 1)])
+    assert outcomes["sums-sp"].result[0] == []
 
 
 def one_tensor_a_layer(tensors):
