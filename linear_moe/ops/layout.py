@@ -10,7 +10,7 @@ initial state.
 import torch
 from torch.nn.functional import pad
 
-from .sequences import sequence_of
+from .sequences import remembered, sequence_of
 from .take import put, take
 
 
@@ -25,7 +25,8 @@ class Layout:
         if cu_seqlens is None:
             steps = [self.B] * -(-self.T // chunk)
         elif v.device.type == "cpu" if read_lengths is None else read_lengths:
-            steps = self._pack_by_length(cu_seqlens)
+            key = ("chunks by length", self.T, chunk)
+            self.order, self.slot, steps = remembered(cu_seqlens, key, lambda: self._pack_by_length(cu_seqlens))
         else:
             steps = self._pack_in_order(cu_seqlens)
         self.rows = [n * self.H for n in steps]  # of every scan step
@@ -39,18 +40,18 @@ class Layout:
         return counts.long(), sequence, (token - cu_seqlens[sequence]).long()
 
     def _pack_by_length(self, cu_seqlens):
+        """The sequences' order, every token's place, and the chunks of every scan step."""
         counts, sequence, place = self._place(cu_seqlens)
         # Sequences by length, the longest first: lane l of every step is the l-th of them
-        self.order = counts.argsort(descending=True, stable=True)
-        lane = self.order.argsort()
+        order = counts.argsort(descending=True, stable=True)
+        lane = order.argsort()
         # Of every step s: how many sequences have more than s chunks, and how many chunks the steps before it hold
         active = self.N - torch.bincount(counts).cumsum(0)[:-1]
         before = active.cumsum(0) - active
         # Of every token: its step, its chunk, and its place among all chunks' tokens
         step = place // self.C
         chunk = before[step] + lane[sequence]
-        self.slot = chunk * self.C + place % self.C
-        return active.tolist()
+        return order, chunk * self.C + place % self.C, active.tolist()
 
     def _pack_in_order(self, cu_seqlens):
         counts, sequence, place = self._place(cu_seqlens)
