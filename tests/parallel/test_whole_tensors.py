@@ -54,7 +54,7 @@ def build(flags):
 
     harness.enable_cpu()
     harness.reset_megatron()
-    args = model._parse([*harness.TINY, *flags.split()])
+    args = model.parse([*harness.TINY, *flags.split()])
     validate_args(args)
     parallel_state.initialize_model_parallel(args.tensor_model_parallel_size)
     model_parallel_cuda_manual_seed(args.seed)
