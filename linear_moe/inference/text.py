@@ -11,7 +11,6 @@ from pathlib import Path
 from linear_moe.data.tokenizer import Encoder, load_tokenizer
 from linear_moe.inference.generation import Session, check_prompts, stop_lists
 from linear_moe.inference.sampling import Sampling
-from linear_moe.mcore.inference import Limits
 from linear_moe.mcore.load import find_checkpoint, load_model, saved_limits
 
 LONGEST_CHAT = 2**17  # tokens, of a model whose layers set no limit
@@ -80,7 +79,7 @@ def write(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, but is {getattr(options, name)}")
     path, common = find_checkpoint(options.load, options.ckpt_step)
     limits = saved_limits(common["args"])
-    text = _tokenizer(options.tokenizer, common["args"], limits)
+    text = _tokenizer(options.tokenizer, common["args"])
     stop = stop_lists([text.eod, *map(text.encode, options.stop)])
     lines = [{"prompt": prompt} for prompt in options.prompt or []]
     if options.input:
@@ -89,6 +88,7 @@ def write(options: argparse.Namespace) -> None:
     prompts = [text.encode(line["prompt"]) for line in lines]
     check_prompts(prompts, limits)
     model = load_model(path)
+    model.vocabulary = text.encoder.vocab_size  # the rest is padding
     common_options = {"sampling": sampling, "stop": stop, "seed": options.seed}
     if options.input:
         sessions = _write_file(options, model, text, lines, prompts, common_options)
@@ -102,7 +102,7 @@ def write(options: argparse.Namespace) -> None:
     print(summary(sessions), file=sys.stderr)
 
 
-def _tokenizer(given: str | None, saved: argparse.Namespace, limits: Limits) -> Text:
+def _tokenizer(given: str | None, saved: argparse.Namespace) -> Text:
     name = given or saved.tokenizer_model
     if given is None and (saved.tokenizer_type != "HuggingFaceTokenizer" or name is None):
         raise ValueError(f"the checkpoint was trained with {saved.tokenizer_type}, which has no text: give --tokenizer")
@@ -110,10 +110,11 @@ def _tokenizer(given: str | None, saved: argparse.Namespace, limits: Limits) -> 
         text = Text(name)
     except ValueError as error:
         raise ValueError(f"{error}: give --tokenizer" if given is None else str(error)) from error
-    if text.encoder.vocab_size != limits.vocabulary:
+    size, trained = text.encoder.vocab_size, getattr(saved, "vocabulary", None)
+    if size != trained if trained else size > saved.padded_vocab_size:  # another program may not have noted it
         raise ValueError(
-            f"tokenizer {name} does not fit: it has {text.encoder.vocab_size} tokens, and the checkpoint's model was "
-            f"trained with {limits.vocabulary}"
+            f"tokenizer {name} does not fit: it has {size} tokens, and the checkpoint's model was trained with "
+            f"{trained or f'at most {saved.padded_vocab_size}'}"
         )
     return text
 
