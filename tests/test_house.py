@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1] / "linear_moe"
 FLOORS = {"ops": 1, "ssm": 2, "mom": 2, "parallel": 3, "convert": 3, "data": 3, "mcore": 4, "inference": 5}
-FLOORS |= {"evaluation": 5, "measure": 5, "commands": 6}
+FLOORS |= {"evaluation": 5, "measure": 6, "commands": 7}
 ENGINE = {"megatron", "transformer_engine", "apex"}
 FILES = sorted(ROOT.rglob("*.py"))
 

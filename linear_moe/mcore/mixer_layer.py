@@ -24,15 +24,15 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor
 
+from linear_moe.mcore.call import Call
 from linear_moe.mcore.inference import sequences_of, state_of
 from linear_moe.mcore.init import xavier
-from linear_moe.mcore.masks import packed_cu_seqlens, padding_tokens, require_causal
+from linear_moe.mcore.masks import padding_tokens
 from linear_moe.mcore.muon import mark
 from linear_moe.mcore.replicated import SumGradients
 from linear_moe.mcore.sections import by_section
 from linear_moe.mcore.telemetry import telemetry
 from linear_moe.mom import MoMConfig, Router, make_routes
-from linear_moe.ops.sequences import Sequences
 from linear_moe.ssm import Mixer
 from linear_moe.ssm.core import MixerCore
 from linear_moe.ssm.full_state import full_state, load_full_state
@@ -44,29 +44,6 @@ class MixerLayerSubmodules:
     """linear_proj: the row-parallel output projection."""
 
     linear_proj: type
-
-
-@dataclass
-class Call:
-    """One forward pass of a model, as all of its linear layers see it.
-
-    Args:
-        loss_tokens: how many tokens the loss counts, a scalar; None where the call does not say.
-    """
-
-    loss_tokens: Tensor | None = None
-    made: tuple | None = None  # the sequences, and what they were made from
-
-    def sequences(self, x: Tensor, packed_seq_params) -> Sequences:
-        """Where the tokens of x ``[b, s, hidden]`` lie: made by the first layer, for all.
-
-        Raises:
-            ValueError: see packed_cu_seqlens.
-        """
-        of = (packed_seq_params, *x.shape[:2])
-        if self.made is None or self.made[0] is not of[0] or self.made[1:3] != of[1:]:
-            self.made = (*of, Sequences.of(x, packed_cu_seqlens(packed_seq_params, x)))
-        return self.made[3]
 
 
 class MixerLayer(MegatronModule):
@@ -107,7 +84,7 @@ class MixerLayer(MegatronModule):
             raise ValueError(f"context_parallel_size ({config.context_parallel_size}) must be 1 with linear mixers")
         pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         self.tp_group, self.layer_number, self.mom = pg_collection.tp, layer_number, mom
-        self.call: Call | None = None  # the microbatch at hand; see `before_forward`
+        self.call: Call | None = None  # the microbatch at hand; see call.py
         self.copies: dict[Tensor, Tensor] = {}  # see `_copy_replicated`
         factory = {
             "dtype": config.params_dtype,
@@ -308,21 +285,6 @@ class MixerTransformerLayer(TransformerLayer):
     """Megatron's layer around a mixer: it gives padding_mask to its feed-forward alone, this one to the mixer, too."""
 
     def _forward_attention(self, hidden_states, attention_mask=None, *args, padding_mask=None, **kwargs):
-        """As in TransformerLayer. attention_mask, which can say no more than the causal order (`before_forward`), makes
-        room for padding_mask."""
+        """As in TransformerLayer. attention_mask, which can say no more than the causal order (see call.py), makes room
+        for padding_mask."""
         return super()._forward_attention(hidden_states, padding_mask, *args, padding_mask=padding_mask, **kwargs)
-
-
-def before_forward(mixers: list[MixerLayer], model, args: tuple, kwargs: dict) -> None:
-    """A forward pre-hook of Megatron's model: what a call says to its linear layers that no layer is told.
-
-    It refuses an attention mask that they would not keep to, and counts the tokens that the loss counts, where the call
-    has a loss_mask.
-    """
-    attention_mask = args[2] if len(args) > 2 else kwargs.get("attention_mask")
-    if attention_mask is not None:
-        require_causal(attention_mask)
-    loss_mask = kwargs.get("loss_mask")
-    call = Call(None if loss_mask is None else loss_mask.sum(dtype=torch.float32))
-    for mixer in mixers:
-        mixer.call = call

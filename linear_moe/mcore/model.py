@@ -26,12 +26,13 @@ from linear_moe.mcore.arguments import (
     layer_options,
     set_argv,
 )
+from linear_moe.mcore.call import before_forward
 from linear_moe.mcore.checkpoint import patch_megatron
 from linear_moe.mcore.checks import check_arguments
 from linear_moe.mcore.configs import read_config
 from linear_moe.mcore.cpu import enable_cpu
 from linear_moe.mcore.init import reinitialize
-from linear_moe.mcore.mixer_layer import MixerLayer, before_forward
+from linear_moe.mcore.mixer_layer import MixerLayer
 from linear_moe.mcore.specs import layer_specs
 from linear_moe.mcore.vocabulary import padded_size
 
