@@ -11,6 +11,9 @@ from pathlib import Path
 
 import torch
 
+from linear_moe import build_model
+from linear_moe.inference import Session
+
 from .tables import table
 
 SIZE = {"num_layers": 8, "hidden_size": 256, "num_attention_heads": 4, "ffn_hidden_size": 768, "vocab_size": 512}
@@ -23,10 +26,11 @@ FORMS = {
     "hybrid MoM, 1 softmax of 4": {"mixer": "gated_deltanet", "layer_pattern": "LLLN", "mom_memories": 4},
 }
 CONTEXTS, LONG = [1024 * 2**i for i in range(0, 8)], [4096 * 2**i for i in range(0, 8)]
+Figures = dict[str, list[tuple[float, int]]]
 READ, ROUNDS = 64, 5  # tokens read of each context; the median of so many rounds counts
 
 
-def decoding(tokens: int, contexts: list[int] | None = None, picture: str | Path | None = None) -> None:
+def decoding(tokens: int, contexts: list[int] | None = None, picture: str | Path | None = None) -> Figures:
     """Prints a table of one sequence's decoding, and draws it where ``picture`` names a PNG file.
 
     On a GPU at the paper's 340M in bfloat16, under a CUDA graph, behind 4k to 512k tokens; on a CPU at a tiny size in
@@ -34,31 +38,35 @@ def decoding(tokens: int, contexts: list[int] | None = None, picture: str | Path
 
     Args:
         tokens: generated in each round. contexts: their lengths.
+
+    Returns:
+        Name of the layers -> (seconds a token, bytes kept) for each context.
     """
     cuda = torch.cuda.is_available()
     size = SHAPE | (LARGE | {"bf16": True} if cuda else SIZE)
     contexts = contexts or (LONG if cuda else CONTEXTS)
-    found = {form: [measure(size | options, n, tokens) for n in contexts] for form, options in FORMS.items()}
+    size |= {"seq_length": max(contexts), "max_position_embeddings": 2 * max(contexts) + tokens}
+    found = {}
+    for form, options in FORMS.items():
+        model = build_model(size | options).eval()
+        found[form] = [measure(model, context, tokens) for context in contexts]
     rows = []
     for form, figures in found.items():
         rows.append((form, "ms a token", *(f"{1e3 * seconds:.2f}" for seconds, _ in figures)))
-        rows.append(("", "MiB kept", *(f"{size / 2**20:.1f}" for _, size in figures)))
+        rows.append(("", "MiB kept", *(f"{kept / 2**20:.2f}" for _, kept in figures)))
     header = ("layers", "", *(f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in contexts))
     device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     print(f"{device}: decoding one sequence behind a context of so many tokens\n\n{table(header, rows)}")
     if picture is not None:
         draw(found, contexts, device, picture)
+    return found
 
 
 @torch.no_grad()
-def measure(config: dict, context: int, tokens: int) -> tuple[float, int]:
+def measure(model: torch.nn.Module, context: int, tokens: int) -> tuple[float, int]:
     """Seconds a token behind so long a context, and bytes of states and caches then."""
-    from linear_moe import build_model
-    from linear_moe.inference import Session
-
-    model = build_model(config | {"seq_length": context, "max_position_embeddings": 2 * context + tokens}).eval()
     session = Session(model, 1, context + (ROUNDS + 1) * (tokens + 1))
-    prompt = torch.randint(config["vocab_size"], (READ,)).tolist()
+    prompt = torch.randint(SIZE["vocab_size"], (READ,)).tolist()
     session.reply([prompt], 1)
     session.context.seen.fill_(context)
     session.context.counts = [context]
@@ -77,7 +85,7 @@ def used_bytes(session, context: int) -> int:
     return held["states"] + held["kv"] * context // room
 
 
-def draw(found: dict, contexts: list[int], device: str, picture: str | Path) -> None:
+def draw(found: Figures, contexts: list[int], device: str, picture: str | Path) -> None:
     """Both figures over the context's length, as a PNG file."""
     import matplotlib
 
