@@ -19,7 +19,7 @@ LONGEST = (
     "parallel/test_layouts.py parallel/test_matrix.py ops/triton/test_rules.py tools/test_kernel_report.py "
     "ops/triton/test_online.py tools/test_evaluate.py parallel/test_checkpoints.py ops/triton/test_layer.py "
     "parallel/test_base_models.py parallel/test_mixers.py mcore/test_causality.py ops/triton/test_dplr.py "
-    "peers/test_layers.py mcore/test_pretrain.py"
+    "peers/test_layers.py mcore/test_pretrain.py test_readme.py inference/test_engine.py mcore/test_inference.py"
 ).split()
 
 

@@ -10,9 +10,9 @@ def grouped_linear(x, weight, offsets):
     if x.is_cuda:
         return grouped_mm(x, weight, offsets)
     # On the CPU the offsets are free to read, and separate products also take float64 and any stride.
-    ends = offsets.tolist()
-    parts = [F.linear(x[start:end], w) for start, end, w in zip([0, *ends], ends, weight.unbind(0))]
-    return torch.cat(parts)
+    sizes = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
+    # Split, not sliced: every slice's backward would fill a gradient of all rows with zeros.
+    return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(sizes), weight.unbind(0))])
 
 
 def grouped_mm(x, weight, offsets):
