@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from linear_moe.mcore.inference import require_static
 from linear_moe.mcore.masks import packed_cu_seqlens, require_causal
 from linear_moe.ops.sequences import Sequences
 
@@ -38,9 +39,11 @@ class Call:
 def before_forward(mixers: Iterable[torch.nn.Module], model, args: tuple, kwargs: dict) -> None:
     """A forward pre-hook of Megatron's model: what a call says to its linear layers that no layer is told.
 
-    It refuses an attention mask that they would not keep to, and counts the tokens that the loss counts, where the call
-    has a loss_mask. mixers: the model's ``MixerLayer``s.
+    It refuses an attention mask that they would not keep to and a context that has no place for their states; and it
+    counts the tokens that the loss counts, where the call has a loss_mask. mixers: the model's ``MixerLayer``s.
     """
+    if (context := kwargs.get("inference_context")) is not None:
+        require_static(context)
     attention_mask = args[2] if len(args) > 2 else kwargs.get("attention_mask")
     if attention_mask is not None:
         require_causal(attention_mask)

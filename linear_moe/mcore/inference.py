@@ -225,7 +225,7 @@ def sequences_of(context, x: Tensor) -> Sequences:
         ValueError: a dynamic batching context, which has no place for a linear layer's state, or tokens that are not
             those that `InferenceContext.begin` was told of.
     """
-    _require_static(context)
+    require_static(context)
     B, T = x.shape[:2]
     if isinstance(context, InferenceContext):
         found = context.sequences
@@ -251,7 +251,7 @@ def state_of(context, layer_number: int, sequences: Sequences) -> MixerState:
     Raises:
         ValueError: a dynamic batching context, or another number of sequences than when they started.
     """
-    _require_static(context)
+    require_static(context)
     held = context.key_value_memory_dict
     if isinstance(context, InferenceContext):
         return held.setdefault(layer_number, MixerState(context.N))
@@ -265,7 +265,7 @@ def state_of(context, layer_number: int, sequences: Sequences) -> MixerState:
     return states[offset]
 
 
-def _require_static(context) -> None:
+def require_static(context) -> None:
     if not context.is_static_batching():
         raise ValueError(
             "linear layers cannot use dynamic batching: its pages hold keys and values, not their states. Use "

@@ -67,5 +67,9 @@ class Dynamic(BaseInferenceContext):
 def test_dynamic_batching_is_refused():
     model = linear_moe.build_model(MODELS["mom"])
     context = Dynamic(InferenceConfig())
-    with pytest.raises(ValueError, match=r"linear layers cannot use dynamic batching: .* Megatron's static engine"):
+    message = r"linear layers cannot use dynamic batching: .* Megatron's static engine"
+    with pytest.raises(ValueError, match=message):
         model.decoder.layers[0].self_attention(torch.zeros(4, 1, 32), inference_context=context)
+    tokens = torch.zeros(1, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=message):  # before a softmax layer asks more of the context
+        model(tokens, tokens, None, inference_context=context)
