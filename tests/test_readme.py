@@ -57,7 +57,7 @@ def run(command, folder):
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     environment |= {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     streams = {"stdin": subprocess.DEVNULL, "capture_output": True}
-    done = subprocess.run(command, cwd=folder, env=environment, text=True, timeout=280, **streams)
+    done = subprocess.run(command, cwd=folder, env=environment, text=True, timeout=600, **streams)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
 

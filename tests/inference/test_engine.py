@@ -44,7 +44,7 @@ def together(prompts):
         Case(case, "tests.inference.engine:written", {"name": name, "prompts": prompts, "by": by, **layout})
         for case, (name, by, layout) in CASES.items()
     ]
-    return run_cases(2, cases, timeout=60)
+    return run_cases(2, cases)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -52,7 +52,7 @@ class Outcome:
         return self.results[0]
 
 
-def run_cases(world_size: int, cases: list[Case], timeout: float = 120.0) -> dict[str, Outcome]:
+def run_cases(world_size: int, cases: list[Case], timeout: float = 300.0) -> dict[str, Outcome]:
     """Run `cases` in `world_size` processes, each within `timeout` seconds. What fails raises in its Outcome only."""
     outcomes: dict[str, Outcome] = {}
     while len(outcomes) < len(cases):
