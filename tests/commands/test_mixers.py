@@ -12,7 +12,7 @@ from linear_moe.ssm import MIXERS, mixer_class
 
 def test_every_mixer_with_rule_paper_state_and_options():
     shown = subprocess.run(
-        [sys.executable, "-m", "linear_moe", "mixers"], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-m", "linear_moe", "mixers"], capture_output=True, text=True, check=True, timeout=200
     )
     blocks = {block.split("\n")[0]: " ".join(block.split()) for block in shown.stdout.split("\n\n")}
     assert set(MIXERS) <= blocks.keys()

@@ -28,7 +28,7 @@ def pretrain(*flags, cwd, **options):
     command = [sys.executable, str(ROOT / "examples" / "pretrain.py"), "--config", TINY, *flags]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     environment |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, **options)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=500, **options)
 
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,7 @@ def test_killed_while_saving(saved, data, tmp_path):
     (tmp_path / checkpoint.TRACKER).write_text("")  # as if killed one write later, in the tracker itself
     child = start()
     try:
-        output = child.communicate(timeout=180)[0]
+        output = child.communicate(timeout=400)[0]
     finally:
         child.kill()
     assert child.returncode == 0, output[-3000:]
@@ -164,7 +164,7 @@ def test_the_command_line_says_so(saved, data):
     command = [sys.executable, "examples/pretrain.py", *harness.TINY, "--data-path", data, *DENSE.split()]
     command += ["--load", str(saved), "--mom-memories", "3"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
     assert run.returncode == 1
     assert "error: the checkpoint" in run.stderr and "mom_memories: 4 in the checkpoint, 3 now" in run.stderr
     assert "Traceback" not in run.stderr

@@ -19,7 +19,7 @@ TASK = ["--seq-length", "16", "--pairs", "2", "4", "--vocab-size", "16"]
 TINY = "{hidden-size: 32, ffn-hidden-size: 32, num-layers: 1}"
 
 
-def mqar(*words, timeout=240):
+def mqar(*words, timeout=500):
     command = [sys.executable, str(TOOL), "mqar", *map(str, words)]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
