@@ -61,7 +61,7 @@ MADE_HERE = object()
 
 
 def made_here(*tensors):
-    """Says of tensors that hold borders that their values fit and will not change: see sequences.remembered."""
+    """Says of tensors that hold borders or slots that their values fit and will not change (sequences.remembered)."""
     for x in tensors:
         x._known_to, x._tables = MADE_HERE, {}
 
@@ -171,14 +171,36 @@ def check_online(rule, q, k, v, gates, head, offset, mini_batch, initial_state, 
     if initial_state is not None:
         size = {"2": 2, "D + 1": V + 1, "D": V} if head else {"3": 3, "K": K, "V": V}
         _shape(rule, "initial_state", initial_state, {"N": N, "H": H} | size)
-    if offset is not None:
-        fits = torch.is_tensor(offset) and offset.dtype in (torch.int32, torch.int64) and [*offset.shape] == [N]
-        _require(fits, rule, f"offset must be an int32 or int64 tensor [N] = [{N}], not {offset}")
-        message = f"offset must be at least 0 and below mini_batch ({mini_batch})"
-        _holds(rule, offset, lambda x: ((x >= 0) & (x < mini_batch)).all(), message)
+    check_offset(rule, offset, "N", N, mini_batch)
     _require(isinstance(mini_batch, int) and mini_batch > 0, rule, f"mini_batch ({mini_batch}) must be at least 1")
     _one_device(rule, v, q=q, k=k, **gates, **head, initial_state=initial_state, offset=offset)
     _require(q.dtype == k.dtype == v.dtype, rule, f"q, k, v must share a dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
+
+
+def check_offset(rule, offset, name, size, mini_batch):
+    """offset: None, or int [size], how much of its mini-batch each state has seen; name: the size's symbol."""
+    if offset is None:
+        return
+    fits = torch.is_tensor(offset) and offset.dtype in (torch.int32, torch.int64) and [*offset.shape] == [size]
+    _require(fits, rule, f"offset must be an int32 or int64 tensor [{name}] = [{size}], not {offset}")
+    message = f"offset must be at least 0 and below mini_batch ({mini_batch})"
+    _holds(rule, offset, lambda x: ((x >= 0) & (x < mini_batch)).all(), message)
+
+
+def check_conv_options(rule, D, activation, normalize):
+    """What follows a convolution of D channels."""
+    _require(activation in ("silu", None), rule, f"activation ({activation!r}) must be 'silu' or None")
+    fits = normalize is None or (normalize > 0 and D % normalize == 0)
+    _require(fits, rule, f"the channels ({D}) must be a multiple of the normalised width ({normalize})")
+
+
+def check_conv_weight(rule, D, weight):
+    """A convolution's weight; the number of its columns."""
+    _require(torch.is_tensor(weight) and weight.ndim == 2, rule, "weight must be a tensor [D, W]")
+    W = weight.shape[1]
+    _shape(rule, "weight", weight, {"D": D, "W": W})
+    _require(W > 0, rule, "weight must have at least one column")
+    return W
 
 
 def check_conv(x, weight, activation, normalize, initial_state, return_state, cu_seqlens, routes):
@@ -187,9 +209,7 @@ def check_conv(x, weight, activation, normalize, initial_state, return_state, cu
     _require(torch.is_tensor(x) and x.ndim == 3, rule, "x must be a tensor [B, T, D]")
     B, T, D = x.shape
     _shape(rule, "x", x, {"B": B, "T": T, "D": D})
-    _require(activation in ("silu", None), rule, f"activation ({activation!r}) must be 'silu' or None")
-    fits = normalize is None or (normalize > 0 and D % normalize == 0)
-    _require(fits, rule, f"the channels ({D}) must be a multiple of the normalised width ({normalize})")
+    check_conv_options(rule, D, activation, normalize)
     if routes is not None:
         _require(cu_seqlens is None, rule, "routes bring their own cu_seqlens")
         tokens = len(routes.row)
@@ -201,10 +221,7 @@ def check_conv(x, weight, activation, normalize, initial_state, return_state, cu
     if weight is None:
         _require(initial_state is None and not return_state, rule, "without a weight there is no state")
         return
-    _require(torch.is_tensor(weight) and weight.ndim == 2, rule, "weight must be a tensor [D, W]")
-    W = weight.shape[1]
-    _shape(rule, "weight", weight, {"D": D, "W": W})
-    _require(W > 0, rule, "weight must have at least one column")
+    W = check_conv_weight(rule, D, weight)
     if initial_state is not None:
         _shape(rule, "initial_state", initial_state, {"N": N, "D": D, "W - 1": W - 1})
 

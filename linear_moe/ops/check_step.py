@@ -2,7 +2,7 @@
 
 import torch
 
-from .check import _holds, _one_device, _require, _shape
+from .check import _holds, _one_device, _require, _shape, check_conv_options, check_conv_weight, check_offset
 from .reference import compute_dtype
 
 # Every rule's operands in its function's order, and their shapes: R rows (tokens), all else as in api.py
@@ -75,12 +75,7 @@ def check_step(rule, state, operands, slots, mini_batch=1, offset=None, eps=None
     if slots is not None:
         check_slots(rule, slots, v, compute_dtype(v), *parts)
     _require(isinstance(mini_batch, int) and mini_batch > 0, rule, f"mini_batch ({mini_batch}) must be at least 1")
-    if offset is not None:
-        name, size = count
-        fits = torch.is_tensor(offset) and offset.dtype in (torch.int32, torch.int64) and [*offset.shape] == [size]
-        _require(fits, rule, f"offset must be an int32 or int64 tensor [{name}] = [{size}], not {offset}")
-        message = f"offset must be at least 0 and below mini_batch ({mini_batch})"
-        _holds(rule, offset, lambda x: ((x >= 0) & (x < mini_batch)).all(), message)
+    check_offset(rule, offset, *count, mini_batch)
 
 
 def _match(rule, name, x, forms, sizes):
@@ -130,16 +125,11 @@ def check_conv_step(x, weight, state, activation, normalize, slots):
     _require(torch.is_tensor(x) and x.ndim == 2, rule, "x must be a tensor [R, D]")
     (R, D) = x.shape
     _shape(rule, "x", x, {"R": R, "D": D})
-    _require(activation in ("silu", None), rule, f"activation ({activation!r}) must be 'silu' or None")
-    fits = normalize is None or (normalize > 0 and D % normalize == 0)
-    _require(fits, rule, f"the channels ({D}) must be a multiple of the normalised width ({normalize})")
+    check_conv_options(rule, D, activation, normalize)
     if weight is None:
         _require(state is None, rule, "without a weight there is no state")
         return
-    _require(torch.is_tensor(weight) and weight.ndim == 2, rule, "weight must be a tensor [D, W]")
-    W = weight.shape[1]
-    _shape(rule, "weight", weight, {"D": D, "W": W})
-    _require(W > 0, rule, "weight must have at least one column")
+    W = check_conv_weight(rule, D, weight)
     _one_device(rule, x, weight=weight)
     _check_rows_state(rule, x, state, {"D": D, "W - 1": W - 1}, slots)
 

@@ -83,6 +83,13 @@ class Sequences:
         return sequence_of(self.T, self.cu_seqlens)[None]
 
     @cached_property
+    def slots(self) -> Tensor:
+        """``owner`` as one row ``[B * T]``: the states that one-token steps write, known to be there."""
+        slots = self.owner.flatten()
+        made_here(slots)
+        return slots
+
+    @cached_property
     def places(self) -> Tensor:
         """How many tokens of its sequence came before each token, earlier calls included, int64 ``[B, T]``."""
         place = torch.arange(self.T, device=self.device).expand(self.B, self.T)

@@ -282,7 +282,7 @@ class MixerCore(nn.Module):
             kept = None if state is None or weight is None else state.get(f"conv_{name}")
             if kept is not None and sequences.single:
                 rows = x.flatten(0, 1) if routes is None else gather(x.flatten(0, 1), routes)
-                y, _ = conv_step(rows, weight, kept, slots=sequences.owner.flatten(), **options)
+                y, _ = conv_step(rows, weight, kept, slots=sequences.slots, **options)
                 return y.unflatten(0, (sequences.B, sequences.T)).unflatten(-1, (-1, spec.width))
             options |= {"routes": routes, "cu_seqlens": sequences.cu_seqlens if routes is None else None}
             convolve = partial(short_conv, x, weight, **options)
@@ -297,7 +297,7 @@ def _shift(x: Tensor, name: str, sequences: Sequences, state: MixerState | None)
     """The token before each of x ``[B, T, D]``; before a sequence's first that of the state of that name."""
     kept = None if state is None else state.get(name)
     if kept is not None and sequences.single:
-        return shift_step(x.flatten(0, 1), kept, slots=sequences.owner.flatten())[0].view_as(x)
+        return shift_step(x.flatten(0, 1), kept, slots=sequences.slots)[0].view_as(x)
     return carry(state, name, partial(token_shift, x, cu_seqlens=sequences.cu_seqlens))
 
 

@@ -80,5 +80,5 @@ class Carried(Scan):
         B, T = self.sequences.B, self.sequences.T
         of_tokens = ("R" in form.split() for form in OPERANDS[rule].values())
         rows = [x.flatten(0, 1) if of and x is not None and x.ndim > 1 else x for x, of in zip(operands, of_tokens)]
-        o, self.final = step(rule, self.initial, *rows, slots=self.sequences.owner.flatten(), **options)
+        o, self.final = step(rule, self.initial, *rows, slots=self.sequences.slots, **options)
         return o.unflatten(0, (B, T))

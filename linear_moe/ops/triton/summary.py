@@ -10,6 +10,7 @@ none the keys stand for them, elsewhere zeros do.
 import torch
 from torch.autograd.function import once_differentiable
 
+from ..sequences import sequence_of
 from . import dplr as dplr_rule
 from . import rules
 from .decay import CHANNEL, CONSTANT, NONE
@@ -70,8 +71,7 @@ def _of_tokens(p, d_sum):
         return (d_sum * lengths).sum(0)
     if p.cu_seqlens is None:
         return d_sum.unsqueeze(1).expand(p.B, p.T, p.HV, d_sum.shape[-1]).contiguous()
-    token = torch.arange(p.T, device=p.device, dtype=p.cu_seqlens.dtype)
-    return d_sum[torch.searchsorted(p.cu_seqlens[1:], token, right=True)]
+    return d_sum[sequence_of(p.T, p.cu_seqlens)]
 
 
 class _Delta(torch.autograd.Function):
