@@ -222,7 +222,8 @@ class MixerCore(nn.Module):
             o = self.mixer.recur(**operands, p=p, scan=scan)
         if state is not None:
             state.put("rule", scan.final)
-            state.put("seen", entered.after)
+            if routes is not None:  # of whole sequences the caller knows
+                state.put("seen", entered.after)
         if gate is not None:
             gate = gate.flatten(0, 1).unflatten(-1, (-1, self.specs[self.gate].width))
         y = self.mixer.output(o.flatten(0, 1), gate, p, routes)

@@ -12,7 +12,7 @@ from linear_moe.ssm.mixer import Mixer
 
 
 class MixerState:
-    """States of N sequences by name: the rule's, the convolutions' last inputs, the token before, tokens seen.
+    """States of N sequences by name: the rule's, convolutions' last inputs, the token before, a memory's tokens seen.
 
     Each is a tensor, or a tuple of tensors, ``[N, ...]``, or under Mixture-of-Memories ``[memories * N, ...]``, memory
     by memory. They come into being with the first call and then stay where they are, so that a CUDA graph finds them.
@@ -62,7 +62,7 @@ def state_bytes(mixer: Mixer, hidden_size: int, *, memories: int = 0, element_si
     convolved = sum(spec.width * mixer.heads(spec.per) for spec in mixer.projections().values() if spec.conv)
     tails = convolved * (c.conv_size - 1) if c.conv_size else 0
     shifted = hidden_size * (1 + memories) if mixer.token_shift else 0  # the token before, and the one in each memory
-    return 4 * buckets * mixer.state_size + element_size * (buckets * tails + shifted) + 8 * buckets
+    return 4 * buckets * mixer.state_size + element_size * (buckets * tails + shifted) + 8 * memories
 
 
 def carry(state: MixerState | None, name: str, function: Callable) -> Tensor:
