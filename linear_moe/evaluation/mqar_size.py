@@ -13,6 +13,7 @@ import torch
 from linear_moe.mcore.mixer_layer import MixerLayer
 from linear_moe.mcore.model import build_model
 from linear_moe.ssm import mixer_class
+from linear_moe.ssm.state import state_size
 
 TOLERANCE = 0.03  # by which "equal" sizes may differ
 
@@ -42,25 +43,15 @@ def measure(config: Mapping[str, object]) -> Size:
 
 
 def layer_state(layer: torch.nn.Module, seq_length: int) -> tuple[int, int]:
-    """(numbers that a layer keeps of one sequence, numbers of its convolutions' and token shifts' tails).
-
-    A linear mixer keeps its state, heads x K x V for most, once for every memory of a MoM, the shared one included.
-    A convolution of w taps keeps the last w - 1 of its inputs, also once a memory, since its taps follow the tokens
-    that the memory received; a token shift keeps the last token, of the sequence and of each memory. Softmax attention
-    keeps keys and values of all seq_length tokens.
-    """
-    if not isinstance(layer, MixerLayer):
-        config = layer.config
-        if config.multi_latent_attention:
-            return seq_length * (config.kv_lora_rank + config.qk_pos_emb_head_dim), 0
-        return seq_length * 2 * config.num_query_groups * config.kv_channels, 0
-    mixer, mom = layer.core.mixer, layer.mom
-    memories = mom.memories + mom.shared if mom else 1
-    tail = layer.config.hidden_size * (1 + memories if mom else 1) if mixer.token_shift else 0
-    for spec in mixer.projections().values():
-        if spec.conv:
-            tail += spec.width * mixer.heads(spec.per) * max(mixer.config.conv_size - 1, 0) * memories
-    return mixer.state_size * memories, tail
+    """(numbers that a layer keeps of one sequence, numbers of its convolutions' and token shifts' tails): of a linear
+    mixer `state_size`; softmax attention keeps keys and values of all seq_length tokens."""
+    if isinstance(layer, MixerLayer):
+        memories = layer.mom.memories + layer.mom.shared if layer.mom else 0
+        return state_size(layer.core.mixer, layer.config.hidden_size, memories)
+    config = layer.config
+    if config.multi_latent_attention:
+        return seq_length * (config.kv_lora_rank + config.qk_pos_emb_head_dim), 0
+    return seq_length * 2 * config.num_query_groups * config.kv_channels, 0
 
 
 def with_state(config: Mapping[str, object], numbers: int) -> dict[str, object]:

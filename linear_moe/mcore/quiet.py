@@ -70,6 +70,7 @@ class Megatron:
         self.asked = tuple(name for name, flag in by_flag.items() if flag)
         for module in [module for name, module in sys.modules.items() if name.split(".")[0] == "megatron"]:
             module.print = self.print
+        configure_logging()
         for handler in set(logging.getLogger().handlers) - self.handlers:
             self.handlers.add(handler)
             # Not addFilter: Megatron's handler has its own filter and looks at no other.
@@ -94,6 +95,15 @@ class Megatron:
 
 
 megatron = Megatron()
+
+
+def configure_logging() -> None:
+    """Megatron's own set-up of logging, which is lost where emerging-optimizers is imported first: that logs through
+    absl, which leaves a bare handler at the root, and the root's level as it was."""
+    from megatron.training.log_handler import CustomHandler
+
+    if [type(handler) for handler in logging.root.handlers] == [logging.StreamHandler]:
+        logging.basicConfig(handlers=[CustomHandler()], level=logging.INFO, force=True)
 
 
 def in_brief(line: str) -> str:

@@ -51,18 +51,33 @@ class MixerState:
         return sum(x.numel() * x.element_size() for x in tree_leaves(self.held))
 
 
-def state_bytes(mixer: Mixer, hidden_size: int, *, memories: int = 0, element_size: int = 2) -> int:
-    """What a layer of this mixer keeps of one sequence, in bytes, all heads together: `MixerState.nbytes` of one.
+def state_size(mixer: Mixer, hidden_size: int, memories: int = 0) -> tuple[int, int]:
+    """What a layer of this mixer keeps of one sequence, all heads together: (numbers of the rule's states, numbers of
+    the convolutions' and token shifts' tails).
+
+    A rule has a state, heads x K x V for most, for every memory. A convolution of w taps keeps the last w - 1 of its
+    inputs, also once a memory, since its taps follow the tokens that the memory received; a token shift keeps the last
+    token, of the sequence and of each memory.
 
     Args:
-        memories: of a Mixture-of-Memories, the shared one included; 0 for none. element_size: of the model's dtype; the
-            rule's states are float32.
+        memories: of a Mixture-of-Memories, the shared one included; 0 for none.
     """
     buckets, c = max(memories, 1), mixer.config
     convolved = sum(spec.width * mixer.heads(spec.per) for spec in mixer.projections().values() if spec.conv)
     tails = convolved * (c.conv_size - 1) if c.conv_size else 0
-    shifted = hidden_size * (1 + memories) if mixer.token_shift else 0  # the token before, and the one in each memory
-    return 4 * buckets * mixer.state_size + element_size * (buckets * tails + shifted) + 8 * memories
+    shifted = hidden_size * (1 + memories) if mixer.token_shift else 0
+    return buckets * mixer.state_size, buckets * tails + shifted
+
+
+def state_bytes(mixer: Mixer, hidden_size: int, *, memories: int = 0, element_size: int = 2) -> int:
+    """The same in bytes: `MixerState.nbytes` of one sequence.
+
+    Args:
+        memories: as in `state_size`; each counts its tokens. element_size: of the model's dtype; the rule's states are
+            float32.
+    """
+    states, tails = state_size(mixer, hidden_size, memories)
+    return 4 * states + element_size * tails + 8 * memories
 
 
 def carry(state: MixerState | None, name: str, function: Callable) -> Tensor:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from linear_moe.evaluation import mqar, mqar_report
 from linear_moe.evaluation.mqar import merge, parse_model, plan, sweep
@@ -12,8 +13,8 @@ from linear_moe.evaluation.mqar_task import Examples, Task
 from linear_moe.evaluation.mqar_train import read_log
 from linear_moe.mcore.attention import TorchAttention
 from linear_moe.mcore.configs import read_config
+from linear_moe.mcore.inference import InferenceContext, forward
 from linear_moe.mcore.model import build_model
-from linear_moe.ssm import core
 
 TASK = Task(64, (4, 8, 16), 64)
 SMALL = {"num-layers": 2, "hidden-size": 16, "num-attention-heads": 2, "ffn-hidden-size": 16, "seq-length": 12}
@@ -91,29 +92,16 @@ def test_impossible_tasks_are_refused(arguments, message):
 )
 @pytest.mark.parametrize("mixer", ("gated_deltanet", "gla", "mamba2", "based", "gsa", "rwkv6"))
 def test_state_is_what_the_layer_carries(mixer, mom, monkeypatch, seed):
-    """Counted in the states that the rule and the convolutions really return."""
-    model = build_model(SMALL | mom, mixer=mixer, layer_pattern="L")
-    layer = model.decoder.layers[1].self_attention
-    seen = {"state": 0, "conv": 0}
-    recur, conv = layer.core.mixer.recur, core.short_conv
-
-    def counting_recur(*operands, return_state, **options):
-        o, state = recur(*operands, return_state=True, **options)
-        seen["state"] += sum(s.numel() for s in (state if isinstance(state, tuple) else (state,)))
-        return o, None
-
-    def counting_conv(x, weight, **options):
-        y, state = conv(x, weight, return_state=weight is not None, **options)
-        seen["conv"] += 0 if state is None else state.numel()
-        return y, None
-
-    monkeypatch.setattr(layer.core.mixer, "recur", counting_recur)
-    monkeypatch.setattr(core, "short_conv", counting_conv)
-    batch = 3
-    layer(torch.randn(12, batch, 16))
-    state, tail = layer_state(layer, 12)
-    shift = 16 * (1 + (layer.mom.memories + layer.mom.shared if mom else 0)) if layer.core.mixer.token_shift else 0
-    assert seen == {"state": batch * state, "conv": batch * (tail - shift)}
+    """Counted in what it keeps of sequences that are read."""
+    model = build_model(SMALL | mom, mixer=mixer, layer_pattern="L").eval()
+    layer, batch = model.decoder.layers[1], 3
+    context = InferenceContext(batch, 12)
+    forward(model, context, torch.zeros(1, 12 * batch, dtype=torch.long), [12] * batch)
+    kept = dict(context.key_value_memory_dict[layer.layer_number].held)
+    kept.pop("seen", None)
+    state = sum(x.numel() for x in tree_leaves(kept.pop("rule")))
+    tail = sum(x.numel() for x in tree_leaves(kept))
+    assert (state, tail) == tuple(batch * n for n in layer_state(layer.self_attention, 12))
 
 
 def test_softmax_keeps_keys_and_values(monkeypatch):

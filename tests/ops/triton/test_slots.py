@@ -88,9 +88,12 @@ def test_single_gradients(rule, wanted):
 
 
 def test_state_alone(rule):
-    """Gradients of the final state, where nothing is asked of the output."""
+    """Gradients of the final state, where nothing is asked of the output.
+
+    Weak decays: behind strong ones the initial state's gradient is subnormal.
+    """
     fresh_seed()
-    x = {name: tensor.float().requires_grad_() for name, tensor in composed.inputs(rule, 1, 70).items()}
+    x = {name: tensor.float().requires_grad_() for name, tensor in composed.inputs(rule, 1, 70, strong=False).items()}
     leaves = [x[name] for name in x if name not in ("q", "u")]
     results = []
     for backend in ("triton", "torch"):
