@@ -84,6 +84,7 @@ def train(pretrain_fn: Callable[[list[str]], None], argv: list[str], save: str |
 def reset_megatron() -> None:
     """Forget everything a run has left in Megatron's globals; torch.distributed itself stays up."""
     from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
     from megatron.training import checkpointing, training
@@ -94,6 +95,10 @@ def reset_megatron() -> None:
     destroy_moe_metrics_tracker()
     random._CUDA_RNG_STATE_TRACKER, random._CUDA_RNG_STATE_TRACKER_INITIALIZED = None, False
     checkpointing._CHECKPOINT_VERSION = checkpointing._LOADED_ITERATION = None
+    # Hooks of autograd's own nodes keep a model's wrapper; it must not keep the model, whose groups have threads that
+    # poll: 20 each, a hundred times a second.
+    for wrapper in [thing for thing in gc.get_objects() if type(thing) is DistributedDataParallel]:
+        vars(wrapper).clear()
     gc.collect()
 
 
