@@ -18,8 +18,9 @@ from tests.helpers import fresh_seed  # noqa: E402  (imports torch)
 LONGEST = (
     "parallel/test_layouts.py parallel/test_matrix.py ops/triton/test_rules.py tools/test_kernel_report.py "
     "ops/triton/test_online.py tools/test_evaluate.py parallel/test_checkpoints.py ops/triton/test_layer.py "
-    "parallel/test_base_models.py parallel/test_mixers.py mcore/test_causality.py ops/triton/test_dplr.py "
-    "peers/test_layers.py mcore/test_pretrain.py test_readme.py inference/test_engine.py mcore/test_inference.py"
+    "parallel/test_base_models.py parallel/test_hybrid.py parallel/test_mixers.py mcore/test_causality.py "
+    "ops/triton/test_dplr.py peers/test_layers.py mcore/test_pretrain.py test_readme.py inference/test_engine.py "
+    "mcore/test_inference.py"
 ).split()
 
 

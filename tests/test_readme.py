@@ -111,7 +111,7 @@ def build(block, folder):
     names = {}
     exec(block, names)
     assert names["logits"].shape == (2, 128, 512) and names["losses"].shape == (2, 128)
-    assert len(names["model"].decoder.layers) == 8
+    assert len(names["model"].decoder.layers) == 16
 
 
 def own_script(block, folder):
@@ -176,7 +176,7 @@ HOW = {  # how a block begins -> how it is run
     "import torch\n\nimport linear_moe\n": build,
     "from megatron.core.enums": own_script,
     "import torch\n\nfrom linear_moe.ops": mixer,
-    "export PYTHONPATH=.": Shell({LOSS: 6, "MoM balance loss: ": 3, r"^model: 4 layers LLLN, Toy": 2}, write_toy),
+    "export PYTHONPATH=.": Shell({LOSS: 6, "MoM balance loss: ": 3, r"^model: 8 layers LELELE\*E, Toy": 2}, write_toy),
 }
 
 

@@ -37,7 +37,8 @@ def measure(config: Mapping[str, object]) -> Size:
     with contextlib.redirect_stdout(io.StringIO()):
         model = build_model(config)
     layers = [layer.self_attention for layer in model.decoder.layers]
-    sizes = [layer_state(layer, model.max_sequence_length) for layer in layers]
+    mixing = [layer for layer in layers if any(True for _ in layer.parameters())]  # others are feed-forward
+    sizes = [layer_state(layer, model.max_sequence_length) for layer in mixing]
     states, tails = zip(*sizes)
     return Size(mean(states), mean(tails), sum(p.numel() for p in model.parameters()))
 

@@ -11,22 +11,25 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 
 from megatron.core.extensions.transformer_engine import HAVE_TE
-from megatron.training.arguments import add_megatron_arguments
+from megatron.training import arguments as megatrons
 
 from linear_moe.mcore.checkpoint import CHECKPOINT_DEFAULTS
 from linear_moe.mcore.configs import read_config
 from linear_moe.mcore.cpu import cpu_defaults
-from linear_moe.mcore.specs import LayerOptions, expand_pattern, mixer_options
+from linear_moe.mcore.pattern import make_pattern, translate
+from linear_moe.mcore.specs import LayerOptions, mixer_options
 from linear_moe.mcore.vocabulary import patch_padding
 from linear_moe.mom import MoMConfig
 from linear_moe.ssm import MIXERS
 
+RATIOS = ("--hybrid-attention-ratio", "--hybrid-mlp-ratio")
 USAGE = "%(prog)s [--config NAME] [flags of Megatron and of linear_moe]"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add our flags to a Megatron parser; give it to Megatron as ``extra_args_provider``."""
     patch_padding()  # here, because Megatron pads the vocabulary while it parses
+    _patch_validation()
     parser.usage = USAGE  # all 700 flags would hide an error
     _mend_help(parser)
     group = parser.add_argument_group("linear_moe")
@@ -34,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--mixer",
         type=_mixer_names,
         default="gated_deltanet",
-        help=f"linear mixer of the L layers: {', '.join(MIXERS)}, or package.module:Class for your own; or several as "
-        'JSON, each with a letter for --layer-pattern: {"G": "gla", "M": "mamba2"}',
+        help=f"linear mixer of the L, G or M layers: {', '.join(MIXERS)}, or package.module:Class for your own; or "
+        'several as JSON, each with a letter for the pattern: {"G": "gla", "M": "mamba2"}',
     )
     group.add_argument(
         "--mixer-args",
@@ -57,8 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--layer-pattern",
         default="L",
-        help="one letter a layer, L (linear mixer) or N (softmax attention), repeated to --num-layers, such as LLLN; "
-        "other letters as in --mixer",
+        help="one letter a layer with its feed-forward, L (linear mixer) or N (softmax attention), repeated to "
+        "--num-layers, such as LLLN; other letters as in --mixer. --hybrid-layer-pattern says more: see the README",
     )
     group.add_argument("--mom-memories", type=int, default=0, help="memories of Mixture-of-Memories; 0: none")
     group.add_argument(
@@ -86,6 +89,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--verbose", action="store_true", help="print all that Megatron prints, not only what matters")
     parser.set_defaults(**(_local_defaults() | cpu_defaults() | CHECKPOINT_DEFAULTS))
     return parser
+
+
+def _patch_validation() -> None:
+    """Let Megatron's checks, and all that follows, see our layers as the pattern of a HybridModel. Idempotent."""
+    original = megatrons.validate_args
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def validate_args(args, *rest, **kwargs):
+        if hasattr(args, "mixer"):
+            translate(args, layer_options(args).pattern)
+        return original(args, *rest, **kwargs)
+
+    megatrons.validate_args = validate_args
 
 
 def _mend_help(parser: argparse.ArgumentParser) -> None:
@@ -136,7 +154,7 @@ def layer_options(args) -> LayerOptions:
         ValueError: whatever does not fit together, with the rule and the values.
     """
     mixers = mixer_options(args, norm_eps=args.layernorm_epsilon)
-    pattern = expand_pattern(args.layer_pattern, args.num_layers, mixers)
+    pattern = make_pattern(args, mixers)
     mom = None
     if args.mom_memories < 0:
         raise ValueError(f"mom_memories must be 0 (no MoM) or the number of memories, but is {args.mom_memories}")
@@ -193,7 +211,7 @@ def config_argv(config: Mapping[str, object], source: str = "config") -> list[st
 @functools.cache  # Megatron's 700 flags take a moment
 def _actions() -> dict[str, argparse.Action]:
     """Flag -> argparse action, of Megatron's and our flags."""
-    parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+    parser = add_arguments(megatrons.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
     return {flag.replace("_", "-"): action for action in parser._actions for flag in action.option_strings}
 
 
@@ -224,6 +242,8 @@ def _refuse_unknown(argv: list[str], actions: Mapping[str, argparse.Action]) -> 
         if flag.replace("_", "-") not in actions:
             near = difflib.get_close_matches(flag, actions, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
+            if flag in RATIOS:  # which Megatron had
+                hint = "; write the layers out: --hybrid-layer-pattern M-M-M*-"
             raise ValueError(f"unknown flag {flag}{hint}")
 
 

@@ -19,7 +19,7 @@ def describe(args) -> list[str]:
     options = layer_options(args)
     mixers = [choice.mixer.__name__ if len(options.linear) == 1 else f"{letter} {choice.mixer.__name__}"
               for letter, choice in options.linear.items()]  # fmt: skip
-    model = [f"{args.num_layers} layers {options.pattern}", *mixers]
+    model = [f"{len(options.pattern.main)} layers {options.pattern.text}", *mixers]
     if options.mom and options.linear:
         shared = ", a shared one" if options.mom.shared else ""
         model.append(f"MoM of {options.mom.memories} memories (top-{options.mom.topk}{shared})")

@@ -7,10 +7,12 @@ built or loaded, what cannot be loaded.
 
 import functools
 import os
+from dataclasses import replace
 from pathlib import Path
 
-from linear_moe.mcore import muon, old_layout, optimizer_state
+from linear_moe.mcore import gpt_names, muon, old_layout, optimizer_state
 from linear_moe.mcore.damage import TRACKER, damage, iteration, loaded_folder, remedy, whole
+from linear_moe.mcore.pattern import make_pattern, mixer_letters
 from linear_moe.mcore.writers import patch_writers
 
 # Defaults for `parser.set_defaults`: "dp_reshardable", Megatron's own, only reshards along DP.
@@ -18,13 +20,13 @@ CHECKPOINT_DEFAULTS = {"dist_ckpt_optim_fully_reshardable": True}
 
 # Arguments that decide which parameters exist and what shape they have.
 ARCHITECTURE = (
-    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels swiglu normalization "
+    "layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels swiglu normalization "
     "apply_layernorm_1p add_bias_linear add_qkv_bias qk_layernorm attention_output_gate "
     "untie_embeddings_and_output_weights vocab_size "
     "multi_latent_attention q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim "
-    "position_embedding_type mtp_num_layers num_experts moe_layer_freq moe_ffn_hidden_size "
+    "position_embedding_type num_experts moe_ffn_hidden_size "
     "moe_shared_expert_intermediate_size moe_shared_expert_gate moe_router_enable_expert_bias "
-    "layer_pattern mixer mixer_args mom_memories mom_shared_memory mom_single_kv"
+    "mixer mixer_args mom_memories mom_shared_memory mom_single_kv"
 ).split()
 # Arguments that change what the same parameters compute: --finetune may change them, a resumed run may not.
 BEHAVIOUR = (
@@ -94,17 +96,12 @@ def _check_start(args) -> None:
 
 
 def _value(args, name: str):
-    """An argument in a form that compares: patterns written out to the model's depth."""
+    """An argument in a form that compares."""
     value = getattr(args, name, None)
-    layers = getattr(args, "num_layers", None)
-    if name == "layer_pattern" and value and layers:
-        return (value * layers)[:layers]
+    if name == "layers":
+        return _layers(args)
     if name == "num_query_groups" and not getattr(args, "group_query_attention", False):
         return getattr(args, "num_attention_heads", None)  # Megatron writes this into its arguments later
-    if name == "moe_layer_freq" and getattr(args, "num_experts", None) is None:
-        return None
-    if name == "moe_layer_freq" and isinstance(value, int) and layers:
-        return [int(i % value == 0) for i in range(layers)]
     if name == "mixer_args" and value is not None:  # written out or left to their defaults, the options are the same
         from linear_moe.mcore.specs import mixer_options
 
@@ -112,8 +109,17 @@ def _value(args, name: str):
     return value
 
 
+def _layers(args) -> str | None:
+    """The pattern without its stages; None where a plain Megatron script wrote the arguments."""
+    if not hasattr(args, "mixer"):
+        return None
+    pattern = make_pattern(args, mixer_letters(args.mixer))
+    pattern = replace(pattern, stages=(pattern.main,))
+    return pattern.megatrons if isinstance(args.mixer, str) else pattern.text
+
+
 def _differ(saved, args, name: str) -> bool:
-    if not hasattr(saved, name) or not hasattr(args, name):
+    if name != "layers" and not (hasattr(saved, name) and hasattr(args, name)):
         # One of the two programs does not know the option: a plain Megatron script has no mixer, and may not load one.
         return (getattr(saved, name, None) or None) != (getattr(args, name, None) or None)
     if name == "vocab_size" and (saved.vocab_size is None or args.vocab_size is None):
@@ -251,4 +257,5 @@ def patch_megatron() -> None:
     patch_writers()
     optimizer_state.patch()
     old_layout.patch()
+    gpt_names.patch()
     muon.patch()

@@ -7,7 +7,8 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 
 from linear_moe.mcore.arguments import layer_options
 from linear_moe.mcore.muon import check_muon
-from linear_moe.mcore.specs import LayerOptions, moe_layers
+from linear_moe.mcore.pattern import EXPERTS, LATENT, SOFTMAX
+from linear_moe.mcore.specs import LayerOptions
 from linear_moe.ops.backend import check_compiler
 from linear_moe.ssm.declaration import check_declaration
 
@@ -28,7 +29,7 @@ def check_arguments(args) -> None:
         raise ValueError(
             "transformer_impl transformer_engine needs Transformer Engine: pip install linear-moe[gpu], or choose local"
         )
-    moe_layers(args.moe_layer_freq, args.num_experts, args.num_layers)
+    _check_pattern(args, options)
     _check_widths(args, options)
     if args.multi_latent_attention and args.transformer_impl == "local":
         _check_local_latent_attention(args)
@@ -43,15 +44,41 @@ def check_arguments(args) -> None:
 
 
 def _check_given(args) -> None:
-    missing = [name for name in NEEDED if getattr(args, name) is None]
+    for name in ("hybrid_override_pattern", "mtp_hybrid_override_pattern"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"{name} is deprecated: write hybrid_layer_pattern, with / before each depth ahead")
+    needed = NEEDED if args.hybrid_layer_pattern is None else NEEDED[1:]
+    missing = [name for name in needed if getattr(args, name) is None]
     if missing:
         flags = ", ".join("--" + name.replace("_", "-") for name in missing)
         raise ValueError(
             f"no model: give --config NAME (a file, or one of `linear-moe configs`), or {flags} (--help lists all)"
         )
-    for name in NEEDED:
+    for name in needed:
         if getattr(args, name) < 1:
             raise ValueError(f"{name} must be at least 1, but is {getattr(args, name)}")
+
+
+def _check_pattern(args, options: LayerOptions) -> None:
+    """Letters that say what other arguments deny."""
+    text, letters = options.pattern.text, options.pattern.every
+    used, experts, softmax = list(options.linear), EXPERTS in letters, SOFTMAX in letters
+    wrong = {
+        f"has the linear mixers {', '.join(used)}, but --mixer names one: map each letter to its own": (
+            isinstance(args.mixer, str) and len(used) > 1
+        ),
+        f"has {EXPERTS}, experts, but num_experts is not set": experts and not args.num_experts,
+        f"has no {EXPERTS}, experts, but num_experts is {args.num_experts}": not experts and args.num_experts,
+        f"has both {SOFTMAX} and {LATENT}: softmax layers of one model are of one kind": softmax and LATENT in letters,
+        f"has {SOFTMAX}, but with multi_latent_attention it must be {LATENT}": softmax and args.multi_latent_attention,
+    }
+    for words, refused in wrong.items():
+        if refused:
+            raise ValueError(f"the pattern {text!r} {words}")
+    if options.pattern.depths and args.position_embedding_type not in ("rope", "none"):
+        raise ValueError(
+            f"multi-token prediction needs position_embedding_type rope or none, not {args.position_embedding_type}"
+        )
 
 
 def _check_widths(args, options: LayerOptions) -> None:
@@ -128,8 +155,6 @@ def _check_training(args, options: LayerOptions) -> None:
             f"pipeline_model_parallel_size 1, not {args.pipeline_model_parallel_size}: "
             "only the last stage knows how many tokens the loss counts"
         )
-    if args.mtp_num_layers:
-        raise ValueError(f"mtp_num_layers ({args.mtp_num_layers}) must be 0: it is not supported yet")
     decay = args.lr_decay_iters or args.train_iters
     if decay and args.lr_warmup_iters >= decay:
         raise ValueError(
@@ -163,7 +188,8 @@ def _check_value_residual(args, options: LayerOptions, letter: str) -> None:
     """Every layer takes the first one's values, so these must be there, as they were."""
     pipeline = args.pipeline_model_parallel_size
     wrong = {
-        "layer_pattern": (options.pattern, options.pattern[0] != letter, f"start with {letter}"),
+        "pattern": (options.pattern.text, options.pattern.main[0] != letter, f"start with {letter}"),
+        "multi-token prediction": (options.pattern.text, options.pattern.depths, "not be in the pattern"),
         "mom_memories": (args.mom_memories, args.mom_memories, "be 0: layers route tokens to other memories' rows"),
         "pipeline_model_parallel_size": (pipeline, pipeline > 1, "be 1"),
         "recompute_granularity": (args.recompute_granularity, args.recompute_granularity == "full", "not be full"),

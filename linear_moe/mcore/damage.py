@@ -10,7 +10,7 @@ from pathlib import Path
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
 TRACKER = "latest_checkpointed_iteration.txt"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT)
 LITTLE = 2**20  # bytes; a disk with less to give is full
 
 

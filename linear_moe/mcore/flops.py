@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from linear_moe.mcore.arguments import layer_options
-from linear_moe.mcore.specs import SOFTMAX, MixerOptions, moe_layers
+from linear_moe.mcore.pattern import EXPERTS, FEED_FORWARD, LATENT, SOFTMAX
+from linear_moe.mcore.specs import MixerOptions
 from linear_moe.mom import MoMConfig
 
 
@@ -19,17 +20,19 @@ def training_flops(args, batch_size, seqlen_squared_sum_in_batch=None, total_rea
     tokens = total_real_tokens_in_batch or batch_size * args.seq_length
     squared = seqlen_squared_sum_in_batch or batch_size * args.seq_length**2
     options = layer_options(args)
-    moe = moe_layers(args.moe_layer_freq, args.num_experts, args.num_layers)
-    per_token = 2 * args.hidden_size * args.padded_vocab_size  # logits
+    pattern = options.pattern
+    per_token = 2 * args.hidden_size * args.padded_vocab_size * (1 + pattern.depths)  # logits
+    per_token += 2 * 2 * args.hidden_size**2 * pattern.depths  # of the hidden state and the next token's embedding
     attention_pairs = 0.0
-    for letter, is_moe in zip(options.pattern, moe):
-        if letter == SOFTMAX:
+    for letter in pattern.every:
+        if letter in (SOFTMAX, LATENT):
             projections, pairs = _softmax(args)
             per_token += projections
             attention_pairs += pairs
+        elif letter in (FEED_FORWARD, EXPERTS):
+            per_token += _feed_forward(args, letter == EXPERTS)
         else:
             per_token += _mixer(args.hidden_size, options.mixers[letter], options.mom)
-        per_token += _feed_forward(args, is_moe)
     return 3.0 * (per_token * tokens + attention_pairs * squared / 2)
 
 

@@ -16,8 +16,10 @@ from linear_moe.mcore.checkpoint import _checkpoint_name, check_checkpoint
 from linear_moe.mcore.cpu import enable_cpu
 from linear_moe.mcore.damage import TRACKER, _line, remedy
 from linear_moe.mcore.damage import iteration as iteration_of
+from linear_moe.mcore.gpt_names import has_gpt_names, use_gpt_names
 from linear_moe.mcore.inference import Limits
 from linear_moe.mcore.model import ONE_PROCESS, model_from_args, parse
+from linear_moe.mcore.pattern import LATENT, SHORT_SOFTMAX, SOFTMAX
 
 # Of these groups of Megatron's arguments a checkpoint's values count, ...
 GROUPS = ("transformer configuration", "network size", "moe", "mla", "experimental_attention_variant", "linear_moe")
@@ -39,7 +41,7 @@ def load_model(path: str | Path, iteration: int | None = None, **overrides: obje
         overrides: as of `build_model`, for what does not say which weights there are (``bf16=False``, ``mom_topk=1``).
 
     Returns:
-        A ``megatron.core.models.gpt.GPTModel`` on the GPU, or on the CPU where there is none.
+        Megatron's HybridModel (``megatron.core.models.hybrid``) on the GPU, or on the CPU where there is none.
 
     Raises:
         ValueError: no checkpoint there, a damaged one, one without its arguments, or overrides that do not fit it.
@@ -50,8 +52,11 @@ def load_model(path: str | Path, iteration: int | None = None, **overrides: obje
     check_checkpoint(args)
     model = model_from_args(args).to(torch.cuda.current_device())
     metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {}
+    wanted = {"model": model.sharded_state_dict(metadata=metadata)}
+    if has_gpt_names(common["args"]):
+        use_gpt_names(wanted)
     try:
-        loaded = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=metadata)}, str(path))
+        loaded = dist_checkpointing.load(wanted, str(path))
     except (Exception, CheckpointException) as error:
         causes = getattr(error, "failures", None)
         cause = _line(next(iter(causes.values()))[0] if causes else error)
@@ -87,7 +92,9 @@ def find_checkpoint(path: str | Path, iteration: int | None = None) -> tuple[Pat
 
 def saved_limits(saved: argparse.Namespace) -> Limits:
     """What the model of a checkpoint can be asked (see `inference.limits`), by its arguments, before it is built."""
-    positional = saved.position_embedding_type == "learned_absolute" or "N" in getattr(saved, "layer_pattern", "N")
+    layers = getattr(saved, "layers", None) or getattr(saved, "layer_pattern", SHORT_SOFTMAX)
+    softmax = not {SHORT_SOFTMAX, SOFTMAX, LATENT}.isdisjoint(layers)
+    positional = saved.position_embedding_type == "learned_absolute" or softmax
     vocabulary = getattr(saved, "vocabulary", None) or saved.vocab_size or saved.padded_vocab_size
     return Limits(vocabulary, saved.max_position_embeddings if positional else None, ranks=1)
 
@@ -101,6 +108,8 @@ def _arguments(saved: argparse.Namespace, overrides: dict[str, object], path: Pa
         groups = [group for group in parser._action_groups if group.title in GROUPS]
         names = [action.dest for group in groups for action in group._group_actions if not HOW.search(action.dest)]
         found = {name: getattr(saved, name) for name in (*names, *ALSO) if hasattr(saved, name)}
+        if hasattr(saved, "layers"):  # else it is of before HybridModel, and its layer_pattern says all
+            found["hybrid_layer_pattern"] = saved.layers
         if not HAVE_TE:
             found["moe_grouped_gemm"] = False  # the same weights, one expert after the other
         for action in parser._actions:  # a switch that the checkpoint has set, and an override takes back

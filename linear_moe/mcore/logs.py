@@ -7,6 +7,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.training import get_args, get_tensorboard_writer, get_timers, get_wandb_writer, training
 from megatron.training.utils import print_rank_last
 
+from linear_moe.mcore.arguments import layer_options
 from linear_moe.mcore.brief import progress
 from linear_moe.mcore.flops import training_flops
 from linear_moe.mcore.quiet import megatron
@@ -64,7 +65,7 @@ def _tokens_per_second(args, total_loss_dict) -> float:
 
 
 def _memory_figures(args) -> dict[str, float]:
-    layers = telemetry.report(args.mom_memories, args.num_layers, torch.cuda.current_device())
+    layers = telemetry.report(args.mom_memories, len(layer_options(args).pattern.every), torch.cuda.current_device())
     figures, kept = {}, [layer for layer in layers if layer]
     for number, layer in enumerate(layers, 1):
         figures |= {f"mom/layer_{number}/{name}": value for name, value in layer.items()}

@@ -57,6 +57,7 @@ class MixerLayer(MegatronModule):
     Args:
         config, submodules, layer_number (from 1), pg_collection: as Megatron gives them to self-attention.
         mixer: the mixer's class. mixer_config: its options. depth, num_mixers: see Mixer's ``layer``, ``num_layers``.
+        number: its place in the pattern, from 1, by which telemetry knows it; layer_number unless given.
         mom: Mixture-of-Memories, or None. first_values, recompute: see MixerCore.
         init_gain: gain of the matrices' Xavier-uniform initial values; None for Megatron's init methods.
     """
@@ -69,6 +70,7 @@ class MixerLayer(MegatronModule):
         *,
         mixer: type[Mixer],
         mixer_config: Mixer.Config,
+        number: int | None = None,
         depth: int,
         num_mixers: int,
         mom: MoMConfig | None,
@@ -84,6 +86,7 @@ class MixerLayer(MegatronModule):
             raise ValueError(f"context_parallel_size ({config.context_parallel_size}) must be 1 with linear mixers")
         pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         self.tp_group, self.layer_number, self.mom = pg_collection.tp, layer_number, mom
+        self.number = layer_number if number is None else number
         self.call: Call | None = None  # the microbatch at hand; see call.py
         self.copies: dict[Tensor, Tensor] = {}  # see `_copy_replicated`
         factory = {
@@ -103,7 +106,7 @@ class MixerLayer(MegatronModule):
         )
         if mom:
             self.router = Router(config.hidden_size, mom.memories, mom.topk, **factory)
-            telemetry.sums.pop(layer_number, None)  # figures of an earlier model in this process
+            telemetry.sums.pop(self.number, None)  # figures of an earlier model in this process
         init_method, output_init_method = config.init_method, config.output_layer_init_method
         if init_gain is not None:
             init_method = partial(xavier, gain=init_gain)
@@ -209,7 +212,7 @@ class MixerLayer(MegatronModule):
             scale = 0.0
             if self.training and torch.is_grad_enabled():  # once, also under activation recomputation
                 scale = self._loss_scale(padding, shape.numel())
-                telemetry.record(self.layer_number, routing)
+                telemetry.record(self.number, routing)
             routes = make_routes(routing, self.mom, shape, sequences.cu_seqlens, scale)
         y = self.core(x, routes=routes, sequences=sequences, state=state)
         self.copies = {}
@@ -282,9 +285,37 @@ class MixerLayer(MegatronModule):
 
 
 class MixerTransformerLayer(TransformerLayer):
-    """Megatron's layer around a mixer: it gives padding_mask to its feed-forward alone, this one to the mixer, too."""
+    """Megatron's layer around a mixer, of any of the pattern's letters for mixers.
+
+    Args:
+        as Megatron gives them to a layer of its HybridStack; name: says whether it is of multi-token prediction, whose
+            layers count from 1 again. options: LayerOptions. first_values: see MixerCore.
+    """
+
+    def __init__(self, config, submodules, layer_number: int = 1, *, options, first_values, name=None, **kwargs):
+        pattern = options.pattern
+        letters, number, depth = pattern.main, layer_number, pattern.place(layer_number - 1)
+        if name is not None and name.startswith("mtp."):
+            letters = pattern.ahead
+            number += len(pattern.main) + len(letters) * (int(name.split(".")[2]) - 1)
+            depth = max(len(pattern.mixing) - 1, 0)  # as deep as the last
+        chosen = options.mixers[letters[layer_number - 1]]
+        params = {
+            "mixer": chosen.mixer,
+            "mixer_config": chosen.config,
+            "number": number,
+            "depth": depth,
+            "num_mixers": max(len(pattern.mixing), 1),
+            "mom": options.mom,
+            "first_values": first_values,
+            "recompute": options.recompute,
+            "init_gain": options.init_gain,
+        }
+        attention = replace(submodules.self_attention, params=params)
+        submodules = replace(submodules, self_attention=attention)
+        super().__init__(config, submodules, layer_number, name=name, **kwargs)
 
     def _forward_attention(self, hidden_states, attention_mask=None, *args, padding_mask=None, **kwargs):
-        """As in TransformerLayer. attention_mask, which can say no more than the causal order (see call.py), makes room
-        for padding_mask."""
+        """As in TransformerLayer, which gives padding_mask to its feed-forward alone. attention_mask, which can say no
+        more than the causal order (see call.py), makes room for it."""
         return super()._forward_attention(hidden_states, padding_mask, *args, padding_mask=padding_mask, **kwargs)

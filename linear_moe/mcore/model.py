@@ -1,4 +1,4 @@
-"""From arguments to Megatron's GPTModel with our layers."""
+"""From arguments to Megatron's HybridModel with our layers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
-from megatron.training.argument_utils import gpt_config_from_args
-from megatron.training.arguments import parse_args, validate_args
-from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+from megatron.training import arguments as megatrons
+from megatron.training.argument_utils import hybrid_config_from_args
+from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfig
 
 from linear_moe.mcore.arguments import (
     add_arguments,
@@ -33,14 +33,14 @@ from linear_moe.mcore.configs import read_config
 from linear_moe.mcore.cpu import enable_cpu
 from linear_moe.mcore.init import reinitialize
 from linear_moe.mcore.mixer_layer import MixerLayer
-from linear_moe.mcore.specs import layer_specs
+from linear_moe.mcore.specs import hybrid_spec
 from linear_moe.mcore.vocabulary import padded_size
 
 ONE_PROCESS = {"tensor-model-parallel-size": 1, "pipeline-model-parallel-size": 1, "expert-model-parallel-size": 1}
 
 
-def model_config(args) -> GPTModelConfig:
-    """Megatron's GPTModelConfig with the layers that the arguments name.
+def model_config(args) -> HybridModelConfig:
+    """Megatron's HybridModelConfig with the layers that the arguments name.
 
     Also prepares Megatron's checkpoints for them (``checkpoint.patch_megatron``), so call it before training starts.
     With ``--use-cpu-initialization`` every parameter starts as a function of its name and ``--seed`` alone, whatever
@@ -53,11 +53,11 @@ def model_config(args) -> GPTModelConfig:
     patch_megatron()
     if args.padded_vocab_size is None and args.vocab_size is not None:  # no tokenizer was built
         args.padded_vocab_size = padded_size(args.vocab_size, args)
-    config = gpt_config_from_args(args)
+    config = hybrid_config_from_args(args)
     options = layer_options(args)
     vocabulary = getattr(args, "vocabulary", None) or args.vocab_size or args.padded_vocab_size
     config.pre_wrap_hooks += [_watch_calls, partial(_note_vocabulary, size=vocabulary)]
-    config.transformer_layer_spec = lambda model, vp_stage=None: layer_specs(model.transformer, options, vp_stage)
+    config.hybrid_stack_spec = hybrid_spec(config.transformer, options)
     if args.use_cpu_initialization and args.perform_initialization:
         config.pre_wrap_hooks.append(partial(_reinitialize, seed=args.seed))
     return config
@@ -92,8 +92,8 @@ def build_model(config: str | Path | Mapping[str, object], **overrides: object) 
         mapping of Megatron's and our argument names. overrides: further arguments, such as ``num_layers=4``, which win.
 
     Returns:
-        A ``megatron.core.models.gpt.GPTModel`` on the GPU, or on the CPU where there is none. Call it as
-        ``model(tokens, position_ids, None, labels=labels)`` with int64 ``[b, s]`` tensors: losses ``[b, s]`` with
+        Megatron's HybridModel (``megatron.core.models.hybrid``) on the GPU, or on the CPU where there is none. Call it
+        as ``model(tokens, position_ids, None, labels=labels)`` with int64 ``[b, s]`` tensors: losses ``[b, s]`` with
         labels, logits ``[b, s, vocab]`` without.
 
     Raises:
@@ -104,6 +104,11 @@ def build_model(config: str | Path | Mapping[str, object], **overrides: object) 
 
 def make_model(config: str | Path | Mapping[str, object], **overrides: object) -> torch.nn.Module:
     """What ``build_model`` returns, wherever Megatron makes it: on the CPU with --use-cpu-initialization."""
+    return model_from_args(arguments_of(config, **overrides))
+
+
+def arguments_of(config: str | Path | Mapping[str, object], **overrides: object):
+    """Megatron's and our arguments for the model of a configuration in one process."""
     enable_cpu()
     merged = dict(read_config(config)) if isinstance(config, (str, Path)) else dict(config)
     name = str(config) if isinstance(config, (str, Path)) else "build_model"
@@ -112,7 +117,7 @@ def make_model(config: str | Path | Mapping[str, object], **overrides: object) -
     merged |= ONE_PROCESS
     merged.setdefault("micro-batch-size", 1)
     merged.setdefault("vocab-size", 512)
-    return model_from_args(parse(config_argv(merged, name)))
+    return parse(config_argv(merged, name))
 
 
 def model_from_args(args) -> torch.nn.Module:
@@ -120,7 +125,7 @@ def model_from_args(args) -> torch.nn.Module:
     _allow_copies()
     check_arguments(args)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints every argument
-        validate_args(args)
+        megatrons.validate_args(args)
     if not torch.distributed.is_initialized():
         store = torch.distributed.HashStore()
         backend = "nccl" if torch.cuda.is_available() and args.distributed_backend == "nccl" else "gloo"
@@ -130,7 +135,7 @@ def model_from_args(args) -> torch.nn.Module:
     torch.manual_seed(args.seed)
     model_parallel_cuda_manual_seed(args.seed)
     config = model_config(args)
-    model = GPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+    model = HybridModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
     for hook in config.pre_wrap_hooks:
         hook([model])
     # Megatron adds the figures of all models' experts up in one table, as deep as the first; nobody reads it here.
@@ -157,6 +162,6 @@ def parse(argv: list[str], provider=add_arguments):
     before = sys.argv
     try:
         set_argv(argv)
-        return parse_args(provider)
+        return megatrons.parse_args(provider)
     finally:
         sys.argv = before

@@ -40,7 +40,6 @@ MATTERS = re.compile(
 )
 IDLE = re.compile(
     r"^  \w+ [. ]|one_logger|will not load any checkpoints|RerunStateMachine (initialized|mode)|Result validation"
-    "|GPTModel IS DEPRECATED"
     "|Setting args.overlap_p2p_comm|MCore's async save is deprecated|indexes because path_to_cache is None"
 )
 

@@ -1,34 +1,37 @@
-"""From a layer pattern to Megatron layer specs: N softmax attention, L or other letters a linear mixer, each with its
-feed-forward."""
+"""From a pattern to the specs of Megatron's HybridModel: a layer for each kind of letter."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_submodules,
     get_gpt_layer_with_transformer_engine_submodules,
 )
-from megatron.core.tensor_parallel.layers import RowParallelLinear
-from megatron.core.transformer.enums import LayerType
+from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayer,
+    MultiTokenPredictionLayerSubmodules,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import (
+    MoETransformerLayer,
     TransformerLayer,
     TransformerLayerSubmodules,
-    get_transformer_layer_offset,
 )
 
 from linear_moe.mcore.attention import LatentAttention, TorchAttention
 from linear_moe.mcore.cached_attention import CachedLatentAttention, CachedSelfAttention
 from linear_moe.mcore.mixer_layer import MixerLayer, MixerLayerSubmodules, MixerTransformerLayer
 from linear_moe.mcore.norm import Norm
+from linear_moe.mcore.pattern import RESERVED, Pattern, mixer_letters
 from linear_moe.mom import MoMConfig
 from linear_moe.ssm import Mixer, mixer_class
-
-SOFTMAX = "N"
 
 
 @dataclass(frozen=True)
@@ -44,15 +47,15 @@ class LayerOptions:
     """What our arguments say about a model's layers.
 
     Args:
-        pattern: one letter a layer that mixes the sequence; a mixer's depth is its place in it.
-        mixers: letter -> the mixer of its layers; all but N.
+        pattern: the letters of all layers.
+        mixers: letter -> the mixer of its layers.
         mom: Mixture-of-Memories in the linear layers, or None. recompute: see MixerCore. init_gain: see MixerLayer.
 
     Raises:
         ValueError: an init_gain that is not positive.
     """
 
-    pattern: str
+    pattern: Pattern
     mixers: Mapping[str, MixerOptions]
     mom: MoMConfig | None
     recompute: bool = False
@@ -65,11 +68,12 @@ class LayerOptions:
     @property
     def linear(self) -> dict[str, MixerOptions]:
         """Those of the mixers that the pattern uses."""
-        return {letter: options for letter, options in self.mixers.items() if letter in self.pattern}
+        return {letter: options for letter, options in self.mixers.items() if letter in self.pattern.every}
 
 
 def mixer_options(args, **defaults: object) -> dict[str, MixerOptions]:
-    """Letter -> mixer, from ``args.mixer`` and ``args.mixer_args``: one mixer, of the L layers, or one for each letter.
+    """Letter -> mixer, from ``args.mixer`` and ``args.mixer_args``: one mixer, of the L, G or M layers, or one for each
+    letter.
 
     Args:
         defaults: options that hold where the arguments give none.
@@ -78,11 +82,13 @@ def mixer_options(args, **defaults: object) -> dict[str, MixerOptions]:
         ValueError: letters that cannot be, and what ``mixer_class`` and ``Mixer.make_config`` refuse.
     """
     several = isinstance(args.mixer, Mapping)
-    names = args.mixer if several else {"L": args.mixer}
-    given = args.mixer_args if several else {"L": args.mixer_args}
-    wrong = [letter for letter in names if len(letter) != 1 or not letter.isupper() or letter == SOFTMAX]
+    letters = mixer_letters(args.mixer)
+    names = args.mixer if several else dict.fromkeys(letters, args.mixer)
+    given = args.mixer_args if several else dict.fromkeys(letters, args.mixer_args)
+    wrong = [letter for letter in names if len(letter) != 1 or not letter.isupper() or letter in RESERVED]
     if wrong or not names:
-        raise ValueError(f"mixer must map capital letters other than {SOFTMAX} to mixers, but has {wrong or names}")
+        reserved = ", ".join(RESERVED)
+        raise ValueError(f"mixer must map capital letters other than {reserved} to mixers, but has {wrong or names}")
     unnamed = [name for name in names.values() if not isinstance(name, str)]
     if unnamed:
         raise ValueError(f"mixer must map letters to names of mixers, but has {unnamed}")
@@ -100,48 +106,8 @@ def mixer_options(args, **defaults: object) -> dict[str, MixerOptions]:
     return found
 
 
-def expand_pattern(pattern: str, num_layers: int, linear: Iterable[str] = "L") -> str:
-    """The pattern repeated to the model's depth.
-
-    Args:
-        linear: the letters of linear layers.
-
-    Raises:
-        ValueError: no letter or an unknown one, or a depth that the pattern's length does not divide.
-    """
-    letters = dict.fromkeys(linear, "linear mixer") | {SOFTMAX: "softmax attention"}
-    allowed = ", ".join(f"{letter} ({meaning})" for letter, meaning in letters.items())
-    if not pattern:
-        raise ValueError(f"layer_pattern is empty; it must have a letter a layer: {allowed}")
-    unknown = sorted(set(pattern) - set(letters))
-    if unknown:
-        raise ValueError(f"layer_pattern {pattern!r} has unknown letters {unknown}; allowed: {allowed}")
-    if num_layers < 1:
-        raise ValueError(f"num_layers must be at least 1, but is {num_layers}")
-    if num_layers % len(pattern):
-        raise ValueError(
-            f"num_layers ({num_layers}) must be a multiple of the length of layer_pattern {pattern!r} ({len(pattern)})"
-        )
-    return pattern * (num_layers // len(pattern))
-
-
-def moe_layers(freq: int | list[int], num_experts: int | None, depth: int) -> list[bool]:
-    """Which of ``depth`` layers have a MoE feed-forward: Megatron's ``--moe-layer-freq``, one entry a layer.
-
-    Raises:
-        ValueError: a list that is not one 0 or 1 for every layer.
-    """
-    if num_experts is None:
-        return [False] * depth
-    if isinstance(freq, int):
-        return [layer % freq == 0 for layer in range(depth)]
-    if len(freq) != depth or set(freq) - {0, 1}:
-        raise ValueError(f"moe_layer_freq must hold one 0 or 1 for each of the {depth} layers, but is {freq}")
-    return [bool(entry) for entry in freq]
-
-
-def layer_specs(config, options: LayerOptions, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """Specs of the layers of this pipeline stage (and virtual stage).
+def hybrid_spec(config, options: LayerOptions) -> ModuleSpec:
+    """What Megatron's HybridModel is built from.
 
     Args:
         config: Megatron's TransformerConfig, or anything that has its attributes. options: see LayerOptions.
@@ -150,54 +116,74 @@ def layer_specs(config, options: LayerOptions, vp_stage: int | None = None) -> T
     if not use_te and config.transformer_impl != "local":
         raise ValueError(f"transformer_impl must be local or transformer_engine, but is {config.transformer_impl}")
     submodules = _te_submodules if use_te else _local_submodules
-    moe = moe_layers(config.moe_layer_freq, config.num_moe_experts, config.num_layers)
-    first_values: dict = {}
-    every = []
-    for depth, letter in enumerate(options.pattern):
-        layer = submodules(config, moe[depth])
-        if letter == SOFTMAX:
-            every.append(ModuleSpec(module=TransformerLayer, submodules=layer))
-        else:
-            layer = _with_mixer(layer, options, depth, use_te, first_values)
-            every.append(ModuleSpec(module=MixerTransformerLayer, submodules=layer))
-    if config.pipeline_model_parallel_layout is not None:
-        layout = config.pipeline_model_parallel_layout
-        own = [every[i] for i in layout.get_layer_id_list(layer_type=LayerType.decoder, vp_stage=vp_stage)]
-    else:
-        offset = get_transformer_layer_offset(config, vp_stage=vp_stage)
-        own = every[offset : offset + get_num_layers_to_build(config, vp_stage=vp_stage)]
-    return TransformerBlockSubmodules(layer_specs=own, layer_norm=_te_norm() if use_te else Norm)
+    dense = submodules(config, False)
+    softmax = ModuleSpec(module=TransformerLayer, submodules=_attention(dense))
+    experts = ModuleSpec(module=MoETransformerLayer, submodules=_feed_forward(submodules(config, True)))
+    return ModuleSpec(
+        module=HybridStack if use_te else LocalStack,
+        submodules=HybridStackSubmodules(
+            gdn_layer=ModuleSpec(
+                module=MixerTransformerLayer,
+                params={"options": options, "first_values": {}},
+                submodules=_mixer(dense, use_te),
+            ),
+            attention_layer=softmax,
+            mla_layer=softmax,
+            mlp_layer=ModuleSpec(module=TransformerLayer, submodules=_feed_forward(dense)),
+            moe_layer=experts if config.num_moe_experts else IdentityOp,
+            mtp_block_spec=_mtp(use_te),
+        ),
+    )
 
 
-def _with_mixer(
-    softmax: TransformerLayerSubmodules, options: LayerOptions, depth: int, use_te: bool, first_values: dict
-) -> TransformerLayerSubmodules:
-    """A softmax layer with the mixer of that depth in its attention's place.
+class LocalStack(HybridStack):
+    """Megatron's, whose last norm is Transformer Engine's, with the local one."""
+
+    def __init__(self, config, *args, post_layer_norm: bool = True, **kwargs):
+        super().__init__(config, *args, post_layer_norm=False, **kwargs)
+        self.post_layer_norm = post_layer_norm
+        if self.post_process and post_layer_norm:
+            self.final_norm = Norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+
+
+def _attention(layer: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
+    """Of a whole layer, what mixes the sequence."""
+    names = ("input_layernorm", "self_attention", "self_attn_bda")
+    return _half(layer, names)
+
+
+def _feed_forward(layer: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
+    """Of a whole layer, what does not."""
+    return _half(layer, ("pre_mlp_layernorm", "mlp", "mlp_bda"))
+
+
+def _half(layer: TransformerLayerSubmodules, names: tuple[str, ...]) -> TransformerLayerSubmodules:
+    keys = {old: new for old, new in layer.sharded_state_dict_keys_map.items() if old.startswith(names)}
+    return TransformerLayerSubmodules(**{n: getattr(layer, n) for n in names}, sharded_state_dict_keys_map=keys)
+
+
+def _mixer(softmax: TransformerLayerSubmodules, use_te: bool) -> TransformerLayerSubmodules:
+    """A mixer in the attention's place; `MixerTransformerLayer` knows which.
 
     The input norm is a module of its own also with Transformer Engine: router, read and write projections share it.
     """
     linear_proj = softmax.self_attention.submodules.linear_proj if use_te else RowParallelLinear
-    chosen = options.mixers[options.pattern[depth]]
-    mixer = ModuleSpec(
-        module=MixerLayer,
-        params={
-            "mixer": chosen.mixer,
-            "mixer_config": chosen.config,
-            "depth": depth,
-            "num_mixers": len(options.pattern),
-            "mom": options.mom,
-            "first_values": first_values,
-            "recompute": options.recompute,
-            "init_gain": options.init_gain,
-        },
-        submodules=MixerLayerSubmodules(linear_proj=linear_proj),
-    )
-    keys = {name: key for name, key in softmax.sharded_state_dict_keys_map.items() if name != "input_layernorm."}
-    return replace(
-        softmax,
-        self_attention=mixer,
+    return TransformerLayerSubmodules(
         input_layernorm=_te_norm() if use_te else Norm,
-        sharded_state_dict_keys_map=keys,
+        self_attention=ModuleSpec(module=MixerLayer, submodules=MixerLayerSubmodules(linear_proj=linear_proj)),
+        self_attn_bda=softmax.self_attn_bda,
+    )
+
+
+def _mtp(use_te: bool) -> ModuleSpec:
+    """Multi-token prediction: a depth's norms and projection; its layers are the stack's."""
+    norm, linear = (_te_norm(), _te_column()) if use_te else (Norm, ColumnParallelLinear)
+    layer = MultiTokenPredictionLayerSubmodules(
+        enorm=norm, hnorm=norm, eh_proj=linear, mtp_model_layer=None, layer_norm=norm
+    )
+    depth = ModuleSpec(module=MultiTokenPredictionLayer, submodules=layer)
+    return ModuleSpec(
+        module=MultiTokenPredictionBlock, submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[depth])
     )
 
 
@@ -246,3 +232,9 @@ def _te_norm():
     from megatron.core.extensions.transformer_engine import TENorm
 
     return TENorm
+
+
+def _te_column():
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
+
+    return TEColumnParallelLinear

@@ -56,7 +56,7 @@ def test_overrides(trained, seed):
 def test_limits_are_known_before_the_model(trained):
     saved = find_checkpoint(trained.load)[1]["args"]
     assert (saved_limits(saved).vocabulary, saved_limits(saved).positions) == (300, 64)
-    saved.layer_pattern = "L"
+    saved.layers = "LE"
     assert saved_limits(saved).positions is None
 
 

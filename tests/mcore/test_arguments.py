@@ -11,7 +11,7 @@ from linear_moe.mcore import checks
 from linear_moe.mcore.arguments import add_arguments, config_argv, expand_argv, layer_options
 from linear_moe.mcore.checks import check_arguments
 from linear_moe.mcore.configs import CONFIGS, packaged, read_config
-from linear_moe.mcore.specs import expand_pattern
+from linear_moe.mcore.pattern import expand_pattern
 
 MODEL = {"num-layers": 4, "hidden-size": 32, "num-attention-heads": 4, "seq-length": 32}
 
@@ -207,7 +207,7 @@ def test_several_mixers():
     args.tensor_model_parallel_size = 2
     check_arguments(args)
     options = layer_options(args)
-    assert options.pattern == "GMNG" and list(options.linear) == ["G", "M"]
+    assert options.pattern.text == "G-M-*-G-" and list(options.linear) == ["G", "M"]
     names = {letter: choice.mixer.__name__ for letter, choice in options.linear.items()}
     assert names == {"G": "GatedLinearAttention", "M": "Mamba2"}
     assert [options.mixers[letter].config.num_heads for letter in "GMU"] == [2, 4, 1]
@@ -216,9 +216,10 @@ def test_several_mixers():
 @pytest.mark.parametrize(
     ("mixer", "mixer_args", "message"),
     [
-        ('{"N": "gla"}', "{}", r"capital letters other than N to mixers, but has \['N'\]"),
+        ('{"N": "gla"}', "{}", r"capital letters other than N, E, D to mixers, but has \['N'\]"),
+        ('{"E": "gla"}', "{}", r"capital letters other than N, E, D to mixers, but has \['E'\]"),
         ('{"gl": "gla"}', "{}", r"but has \['gl'\]"),
-        ("{}", "{}", "capital letters other than N to mixers"),
+        ("{}", "{}", "capital letters other than N, E, D to mixers"),
         ('{"G": "gla"}', '{"num_heads": 2}', r"map their letters \(G\) to options, but has 'num_heads': 2"),
         ('{"G": "gla"}', "{}", r"unknown letters \['L'\]; allowed: G \(linear mixer\), N \(softmax attention\)"),
         ('{"L": "glaa"}', "{}", "unknown mixer 'glaa'; did you mean 'gla'"),
@@ -277,7 +278,7 @@ RESIDUAL = '--mixer rwkv7 --mixer-args {"value_residual":true}'
         ('--mixer-args {"nothing":1}', r"unknown mixer option 'nothing'\. GatedDeltaNet has: num_heads, "),
         ('--mixer-args {"norm_eps":-1}', "norm_eps must be a number above 0, but is -1"),
         ('--mixer-args {"norm_eps":NaN}', "norm_eps must be a number above 0, but is nan"),
-        ("--layer-pattern=", r"layer_pattern is empty; it must have a letter a layer: L \(linear mixer\), N"),
+        ("--layer-pattern=", r"layer_pattern '' is empty; it must have a letter a layer: L \(linear mixer\), G"),
         ("--num-layers 0", "num_layers must be at least 1, but is 0"),
         ("--hidden-size -1", "hidden_size must be at least 1, but is -1"),
         ("--mom-memories -1", r"mom_memories must be 0 \(no MoM\) or the number of memories, but is -1"),
@@ -311,7 +312,6 @@ RESIDUAL = '--mixer rwkv7 --mixer-args {"value_residual":true}'
         ("--num-experts 3 --expert-model-parallel-size 2", r"num_experts \(3\) must be divisible by expert_model"),
         ("--num-experts 2 --tensor-model-parallel-size 2", "needs --sequence-parallel"),
         ("--context-parallel-size 2", "context_parallel_size .2. must be 1"),
-        ("--mtp-num-layers 1", "mtp_num_layers .1. must be 0"),
         ("--reset-attention-mask", "use --dataloader-inter-document-masking"),
         (
             "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --no-overlap-p2p-communication",
@@ -327,7 +327,7 @@ RESIDUAL = '--mixer rwkv7 --mixer-args {"value_residual":true}'
         ),
         ("--train-iters 4 --lr-warmup-iters 20", r"lr_warmup_iters \(20\) must be below lr_decay_iters or train_iters"),
         (f"{RESIDUAL} --mom-memories 2", r"value_residual: mom_memories \(2\) must be 0"),
-        (f"{RESIDUAL} --layer-pattern NL", r"value_residual: layer_pattern \(NLNL\) must start with L"),
+        (f"{RESIDUAL} --layer-pattern NL", r"value_residual: pattern \(\*-L-\*-L-\) must start with L"),
         (
             f"{RESIDUAL} --pipeline-model-parallel-size 2",
             r"value_residual: pipeline_model_parallel_size \(2\) must be 1",

@@ -55,7 +55,7 @@ def test_padding_changes_nothing(form, seed):
     tight = tokens[real][None]
     expected_loss = model(tight, tight, None, labels=tight, packed_seq_params=packed(borders))
     expected = gradients(model, expected_loss.mean())
-    figures = telemetry.sums[2].clone()
+    figures = telemetry.sums[3].clone()
     telemetry.sums.clear()
     if form == "dense":
         losses = model(tokens, tokens, None, labels=tokens, padding_mask=~real)
@@ -66,9 +66,9 @@ def test_padding_changes_nothing(form, seed):
     found = gradients(model, losses[real].mean())
     assert rel_err(losses[real], expected_loss[0]) < 1e-5
     assert not differences(found, expected)
-    assert rel_err(telemetry.sums[2], figures) < 1e-5
+    assert rel_err(telemetry.sums[3], figures) < 1e-5
     ignored = gradients(model, model(tokens, tokens, None, labels=tokens)[real].mean())
-    assert "decoder.layers.1.self_attention.router.weight" in differences(ignored, expected, 0.1)
+    assert "decoder.layers.2.self_attention.router.weight" in differences(ignored, expected, 0.1)
 
 
 @pytest.mark.parametrize("shape", [(2, 63), (1, 64), (64, 2)], ids=str)
@@ -84,7 +84,7 @@ def test_padding_mask_of_another_shape_is_refused(shape):
 @pytest.mark.parametrize("borders", [[0, 17, 39], [0, 17, 41], [0, 30, 20, 40]], ids=str)
 def test_packs_that_leave_tokens_out_are_refused(borders):
     model = linear_moe.build_model(TINY, num_layers=2, layer_pattern="LN")
-    mixer, softmax = (layer.self_attention for layer in model.decoder.layers)
+    mixer, softmax = (layer.self_attention for layer in model.decoder.layers[::2])
     message = rf"packed sequences: cu_seqlens must run from 0 to T \(40\) and not decrease: \{borders}"
     with pytest.raises(ValueError, match=message):
         mixer(torch.randn(40, 1, 64), packed_seq_params=packed(borders))

@@ -1,5 +1,6 @@
 """The model that the arguments describe: its layers, gradients, cost, and mixers from outside."""
 
+import copy
 from functools import partial
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from linear_moe.mcore.configs import CONFIGS, read_config
 from linear_moe.mcore.flops import training_flops
 from linear_moe.mcore.init import xavier
 from linear_moe.mcore.mixer_layer import MixerLayer
-from linear_moe.mcore.specs import moe_layers
+from linear_moe.mcore.pattern import moe_layers
 from linear_moe.mcore.telemetry import telemetry
 from linear_moe.ssm import core
+from tests.gpt import gpt_name
 from tests.helpers import rel_err
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,11 +32,20 @@ def batch(length=64, vocabulary=512):
 
 def test_configuration_makes_the_layers(seed):
     model = linear_moe.build_model(TINY, seed=seed)
-    layers = [layer.self_attention for layer in model.decoder.layers]
+    layers = [layer.self_attention for layer in model.decoder.layers[::2]]
     assert [isinstance(layer, MixerLayer) for layer in layers] == [True, True, True, False]
     assert isinstance(layers[3].core_attention, TorchAttention)
-    assert all(len(layer.mlp.experts.local_experts) == 4 for layer in model.decoder.layers)
+    assert all(len(layer.mlp.experts.local_experts) == 4 for layer in model.decoder.layers[1::2])
     assert layers[0].router.weight.shape == (4, 64) and layers[0].core.rows.weight.shape[0] == 5
+    tokens, positions = batch()
+    model(tokens, positions, None, labels=tokens).mean().backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("config", ["nemotron_h/tiny", "kimi_linear/tiny", "qwen3_next/tiny_mtp"])
+def test_configurations_by_pattern_learn_everywhere(config, seed):
+    model = linear_moe.build_model(config, seed=seed)
+    assert model.hybrid_layer_pattern == read_config(config)["hybrid-layer-pattern"].replace("M", "G")
     tokens, positions = batch()
     model(tokens, positions, None, labels=tokens).mean().backward()
     assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
@@ -42,7 +53,7 @@ def test_configuration_makes_the_layers(seed):
 
 def test_pattern_of_feed_forwards(seed):
     model = linear_moe.build_model(TINY, seed=seed, layer_pattern="LN", moe_layer_freq=[0, 1, 1, 0])
-    assert [hasattr(layer.mlp, "experts") for layer in model.decoder.layers] == [False, True, True, False]
+    assert [hasattr(layer.mlp, "experts") for layer in model.decoder.layers[1::2]] == [False, True, True, False]
 
 
 def test_models_of_different_depth_run_side_by_side():
@@ -79,7 +90,7 @@ def test_same_seed_same_model():
 def test_shared_parameters_start_as_their_mixer_says(mixer, options, seed):
     """Megatron's initial values are for projections; a map that is not one has its own."""
     model = linear_moe.build_model(TINY, seed=seed, mixer=mixer, mixer_args=options, layer_pattern="L")
-    core = model.decoder.layers[1].self_attention.core
+    core = model.decoder.layers[2].self_attention.core
     for name, init in core.mixer.shared_parameters().items():
         found, said = dict(core.shared.named_parameters())[name].detach(), init()
         if "down" in name or "up" in name:  # random
@@ -93,16 +104,16 @@ def test_shared_parameters_start_as_their_mixer_says(mixer, options, seed):
 def test_init_gain_is_xaviers_for_each_projection(mixer, in_place, seed):
     """Uniform within gain sqrt(6 / (out + in)) of the projection itself, not of the tensor that it is fused into."""
     options = {"mixer": mixer, "mom_memories": 3, "mixer_init_gain": 0.3, "layer_pattern": "L"}
-    layer = linear_moe.build_model(TINY, seed=seed, **options).decoder.layers[1].self_attention
+    layer = linear_moe.build_model(TINY, seed=seed, **options).decoder.layers[2].self_attention
     if in_place:  # without --use-cpu-initialization
         layer.core.initialize(partial(xavier, gain=0.3))
     state = layer.full_state()
     for name in ["router", *(name for name, stored in layer.tensors().items() if stored.matrix)]:
         matrix = state[name]
         bound = 0.3 * (6 / sum(matrix.shape[-2:])) ** 0.5
-        for copy in matrix.reshape(-1, *matrix.shape[-2:]):
-            assert 0.95 * bound < copy.abs().max() <= bound
-            assert copy.std() == pytest.approx(bound / 3**0.5, rel=0.15)
+        for each in matrix.reshape(-1, *matrix.shape[-2:]):
+            assert 0.95 * bound < each.abs().max() <= bound
+            assert each.std() == pytest.approx(bound / 3**0.5, rel=0.15)
 
 
 def test_refuses_init_gain():
@@ -135,7 +146,7 @@ def test_recompute_changes_nothing(layers, recompute, seed, monkeypatch):
         loss.backward()
         again.append(len(calls))
         grads.append([p.grad for p in model.parameters()])
-        assert [int(telemetry.sums[layer][-1]) for layer in (1, 2)] == [1, 1]
+        assert [int(telemetry.sums[layer][-1]) for layer in (1, 3)] == [1, 1]
     assert again[0] == 0 and (again[1] > 0) == (recompute != SELECTIVE)
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
@@ -189,11 +200,13 @@ def test_softmax_models_are_megatrons(options, seed):
     with torch.no_grad():
         for parameter in ours.parameters():  # norms and biases, too
             parameter.add_(0.1 * torch.randn_like(parameter))
-    spec = get_gpt_decoder_block_spec(ours.config, use_transformer_engine=False)
+    config = copy.copy(ours.config)
+    config.num_layers, config.no_rope_freq = 4, config.no_rope_freq and config.no_rope_freq[::2]
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
     sizes = {"vocab_size": 512, "max_sequence_length": 128, "share_embeddings_and_output_weights": False}
-    rope = {"position_embedding_type": "rope", "rotary_percent": ours.rotary_percent}
-    theirs = GPTModel(ours.config, spec, **sizes, **rope)
-    theirs.load_state_dict(ours.state_dict())
+    rope = {"position_embedding_type": "rope", "rotary_percent": options.get("rotary_percent", 1.0)}
+    theirs = GPTModel(config, spec, **sizes, **rope)
+    theirs.load_state_dict({gpt_name(name): value for name, value in ours.state_dict().items()}, strict=False)
     tokens, positions = batch()
     assert rel_err(ours(tokens, positions, None), theirs(tokens, positions, None)) < 1e-5
 
@@ -202,7 +215,7 @@ def test_zero_centered_norms(seed):
     """apply_layernorm_1p: a norm's weight is what it is stored as, and 1."""
     plain, centered = (linear_moe.build_model(TINY, seed=seed, apply_layernorm_1p=on) for on in (False, True))
     state = {name: value for name, value in plain.state_dict().items() if isinstance(value, torch.Tensor)}
-    norms = [name for name in state if "layernorm" in name]
+    norms = [name for name in state if "norm" in name.split(".")[-2]]
     assert len(norms) == 2 * 4 + 1
     centered.load_state_dict(state | {name: state[name] - 1 for name in norms}, strict=False)
     tokens, positions = batch()
@@ -241,7 +254,7 @@ def test_a_mixer_from_outside(memories, seed):
     """One class elsewhere, named on the command line, is a mixer, under MoM too: its layer does what its rule says,
     token by token and memory by memory."""
     model = linear_moe.build_model(TINY, seed=seed, mixer="tests.mixers:Toy", mom_memories=memories, layer_pattern="L")
-    layer, x = model.decoder.layers[1].self_attention, torch.randn(30, 1, 64)
+    layer, x = model.decoder.layers[2].self_attention, torch.randn(30, 1, 64)
     core, heads = layer.core, 4
 
     def answers(k, v):
@@ -349,7 +362,7 @@ def test_norms_of_latent_attention_are_named_as_with_transformer_engine():
     model = linear_moe.build_model("deepseek_v3/tiny", layer_pattern="N")
     names = {getattr(tensor, "key", "") for tensor in model.sharded_state_dict().values()}
     for projection in ("linear_q_up_proj", "linear_kv_up_proj"):
-        assert f"decoder.layers.1.self_attention.{projection}.layer_norm_weight" in names
+        assert f"decoder.layers.2.self_attention.{projection}.layer_norm_weight" in names
 
 
 def test_transformer_engine_specs_as_far_as_they_go():

@@ -51,10 +51,10 @@ def test_trains_and_logs(tmp_path):
     assert run.returncode == 0, run.stdout[-1500:] + run.stderr[-1500:]
     assert re.search(r"tokens/s: \d+ \| TFLOP/s of all processes: \d\.\d+ \| MoM balance loss: \d\.\d+", run.stdout)
     scalars = read_scalars(tmp_path / "tb")
-    for layer in (1, 2, 3):
+    for layer in (1, 3, 5):  # places in the pattern
         shares = [scalars[f"mom/layer_{layer}/memory_{m}_share"][1] for m in range(4)]
         assert len(shares[0]) == 6 and sum(shares) == pytest.approx(1)
-    assert "mom/layer_4/memory_0_share" not in scalars  # softmax
+    assert "mom/layer_7/memory_0_share" not in scalars  # softmax
     assert scalars["mom/balance_loss"][1] == pytest.approx(1, abs=0.03)  # of routers that know nothing yet
     assert scalars["mom/router_entropy"][1] == pytest.approx(math.log(4), abs=0.1)
 

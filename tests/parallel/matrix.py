@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from linear_moe.mcore.configs import CONFIGS, read_config
+from linear_moe.mcore.pattern import RESERVED
 from linear_moe.ssm import MIXERS
 from tests.parallel import harness
 from tests.parallel.launch import Case, Outcome, run_cases
@@ -22,7 +23,7 @@ BASES = sorted(path.parent.name for path in CONFIGS.glob("*/tiny_mom.yaml"))
 FORMS = ("tiny", "tiny_hybrid", "tiny_mom")  # every layer linear; with softmax layers; and with memories
 MIXED_FORMS = FORMS[1:]
 CELLS = [(mixer, base) for mixer in MIXERS for base in BASES]
-LETTERS = dict(zip(MIXERS, (letter for letter in string.ascii_uppercase if letter != "N")))
+LETTERS = dict(zip(MIXERS, (letter for letter in string.ascii_uppercase if letter not in RESERVED)))
 CORPUS = "corpus"
 BEGIN, END = "<!-- mixers x base models -->\n", "<!-- end -->\n"
 
@@ -107,6 +108,12 @@ def run_all(processes: int, name: str, models: dict, folder: Path, load: str | N
     with ThreadPoolExecutor() as pool:
         outcomes = pool.map(partial(run_cases, processes), halves)
         return {key: outcome for half in outcomes for key, outcome in half.items()}
+
+
+def of_layer(lines, layer: int) -> list:
+    """What is said of a letter of --layer-pattern: two layers, the second of them its feed-forward."""
+    names = [f"decoder.layers.{2 * layer + half}." for half in (0, 1)]
+    return [line for line in lines if any(name in line for name in names)]
 
 
 def part(run: harness.Run, last: int, first: int = 1) -> harness.Run:

@@ -36,4 +36,5 @@ def test_expert_bias_moves_and_is_kept(runs):
     for form in FORMS:
         one, pp2 = (run.tensors for run in runs["deepseek_v3", form])
         biases = [name for name in one if name.endswith("router.expert_bias")]
-        assert len(biases) == 3 and all(one[name].any() and one[name].equal(pp2[name]) for name in biases)
+        assert len(biases) == 3 and all(one[name].equal(pp2[name]) for name in biases)
+        assert any(one[name].any() for name in biases)  # one may be back where it was

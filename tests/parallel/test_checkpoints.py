@@ -91,7 +91,7 @@ def arguments(folder, **changes):
 
 def test_another_architecture_is_refused(saved):
     checkpoint.check_checkpoint(arguments(saved))
-    changes = {"hidden_size": 64, "layer_pattern": "LN", "mixer": "gla", "mom_memories": 2, "mom_single_kv": True}
+    changes = {"hidden_size": 64, "layers": "G-*-G-*-", "mixer": "gla", "mom_memories": 2, "mom_single_kv": True}
     changes |= {"attention_output_gate": True, "kv_lora_rank": 8, "moe_router_topk_scaling_factor": 2.5}
     with pytest.raises(ValueError, match="another architecture") as error:
         checkpoint.check_checkpoint(arguments(saved, **changes))

@@ -13,7 +13,7 @@ from linear_moe.mcore.arguments import config_argv
 from linear_moe.mcore.configs import read_config
 from tests.mcore.test_causality import T, check_causal, packed
 from tests.parallel import harness, matrix
-from tests.parallel.matrix import BASES, CELLS, MIXED_FORMS, mixed, part
+from tests.parallel.matrix import BASES, CELLS, MIXED_FORMS, mixed, of_layer, part
 
 MODELS = [(base, form) for base in BASES for form in MIXED_FORMS]
 TIMES = (63, 64, 134, T - 1)  # about the border of chunks and of the last packed sequence
@@ -43,8 +43,9 @@ def differences(runs, first_steps):
     @functools.cache
     def find(*model):
         tp2, moved = (runs[model][name].result for name in ("tp2", "moved"))
-        in_two = harness.differences(part(tp2, 1), first_steps(model))
-        moved = harness.differences(part(moved, 2, first=2), part(tp2, 2, first=2))
+        bounds = {"tensors": 2e-4}  # rebased divides by a sum that nearly cancels
+        in_two = harness.differences(part(tp2, 1), first_steps(model), **bounds)
+        moved = harness.differences(part(moved, 2, first=2), part(tp2, 2, first=2), **bounds)
         return in_two + [f"moved: {line}" for line in moved]
 
     return find
@@ -54,10 +55,6 @@ def differences(runs, first_steps):
 def first_steps(runs):
     """Model -> the first iteration in one process."""
     return functools.cache(lambda model: part(runs[model]["one"].result, 1))
-
-
-def of_layer(lines, layer: int) -> list:
-    return [line for line in lines if f"decoder.layers.{layer}." in line]
 
 
 @pytest.mark.parametrize(("base", "form"), MODELS)
@@ -91,11 +88,12 @@ def layers(base: str, form: str):
     rotary = getattr(model, "rotary_pos_emb", None)
     pack = form == "tiny_mom"  # a dense batch for the plain layers, a packed one for MoM
 
-    def run(layer, x):
+    def run(mixing, feeding, x):
         options = {"rotary_pos_emb": rotary and rotary(T), "packed_seq_params": packed() if pack else None}
-        return layer(x, None, **options)[0]
+        return feeding(mixing(x, None, **options)[0], None)[0]
 
-    return [functools.partial(run, layer) for layer in model.decoder.layers], pack, config["hidden-size"]
+    found = model.decoder.layers
+    return [functools.partial(run, *both) for both in zip(found[::2], found[1::2])], pack, config["hidden-size"]
 
 
 @pytest.mark.parametrize(("mixer", "base"), CELLS)

@@ -14,7 +14,7 @@ from tests.parallel.test_layouts import DIST, SP, TP2, last_iterations
 HERE = "tests.parallel.test_whole_tensors"
 # Of all mixers the ones whose layers hold the most kinds of tensors.
 LAYERS = (
-    '--mixer {"D":"rwkv7","R":"rwkv6"} --mixer-args {"D":{"conv_size":4},"R":{}} --layer-pattern DR --num-layers 2 '
+    '--mixer {"Q":"rwkv7","R":"rwkv6"} --mixer-args {"Q":{"conv_size":4},"R":{}} --layer-pattern QR --num-layers 2 '
     "--mom-memories 2 --mom-topk 1"
 )
 SHORT = "--seq-length 16 --global-batch-size 2 --train-iters 3"
@@ -47,26 +47,26 @@ def build(flags):
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-    from megatron.training.arguments import validate_args
-    from megatron.training.models.gpt import GPTModelBuilder
+    from megatron.training import arguments
+    from megatron.training.models.hybrid import HybridModelBuilder
 
     from linear_moe.mcore import model
 
     harness.enable_cpu()
     harness.reset_megatron()
     args = model.parse([*harness.TINY, *flags.split()])
-    validate_args(args)
+    arguments.validate_args(args)
     parallel_state.initialize_model_parallel(args.tensor_model_parallel_size)
     model_parallel_cuda_manual_seed(args.seed)
     config = model.model_config(args)
-    built = GPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+    built = HybridModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
     for hook in config.pre_wrap_hooks:
         hook([built])
     return built
 
 
 def mixer_layers(model):
-    return [layer.self_attention for layer in model.decoder.layers]
+    return [layer.self_attention for layer in model.decoder.layers[::2]]
 
 
 def collectives(flags):
