@@ -12,6 +12,7 @@ from linear_moe.mcore.specs import LayerOptions
 from linear_moe.ops.backend import check_compiler
 from linear_moe.ssm.declaration import check_declaration
 
+POSITIONS = ("learned_absolute", "rope", "yarn", "none")  # that a HybridModel has
 NEEDED = ("num_layers", "hidden_size", "num_attention_heads", "seq_length")
 
 
@@ -75,6 +76,11 @@ def _check_pattern(args, options: LayerOptions) -> None:
     for words, refused in wrong.items():
         if refused:
             raise ValueError(f"the pattern {text!r} {words}")
+    positions = args.position_embedding_type
+    if positions not in POSITIONS:
+        raise ValueError(f"position_embedding_type must be {', '.join(POSITIONS)}, but is {positions}")
+    if args.use_rope_scaling and positions != "rope":
+        raise ValueError(f"use_rope_scaling needs position_embedding_type rope, not {positions}")
     if options.pattern.depths and args.position_embedding_type not in ("rope", "none"):
         raise ValueError(
             f"multi-token prediction needs position_embedding_type rope or none, not {args.position_embedding_type}"

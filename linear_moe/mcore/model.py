@@ -56,7 +56,7 @@ def model_config(args) -> HybridModelConfig:
     config = hybrid_config_from_args(args)
     options = layer_options(args)
     vocabulary = getattr(args, "vocabulary", None) or args.vocab_size or args.padded_vocab_size
-    config.pre_wrap_hooks += [_watch_calls, partial(_note_vocabulary, size=vocabulary)]
+    config.pre_wrap_hooks += [_watch_calls, partial(_note_vocabulary, size=vocabulary), partial(_rotate, args=args)]
     config.hybrid_stack_spec = hybrid_spec(config.transformer, options)
     if args.use_cpu_initialization and args.perform_initialization:
         config.pre_wrap_hooks.append(partial(_reinitialize, seed=args.seed))
@@ -75,6 +75,17 @@ def _note_vocabulary(chunks: list, size: int) -> list:
     """The embeddings' rows are padded; who draws tokens from the model must know of how many."""
     for chunk in chunks:
         chunk.vocabulary = size
+    return chunks
+
+
+def _rotate(chunks: list, args) -> list:
+    """What a GPTModel tells its rotary embedding and a HybridModel does not."""
+    for chunk in chunks:
+        rotary = getattr(chunk, "rotary_pos_emb", None)
+        if rotary is not None:
+            rotary.rotary_interleaved = args.rotary_interleaved
+        if rotary is not None and args.use_rope_scaling:
+            rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, factor=args.rope_scaling_factor)
     return chunks
 
 

@@ -109,6 +109,8 @@ def make_pattern(args, linear: Iterable[str]) -> Pattern:
     if len(set(ahead)) > 1:
         raise ValueError(f"{name} {text!r}: all depths of multi-token prediction are alike, but these are {ahead}")
     check_letters(name, main.replace(STAGE, "") + "".join(ahead), linear, text)
+    if not main.replace(STAGE, ""):
+        raise ValueError(f"{name} {text!r} has no layers of the model itself before {DEPTH}")
     if ahead and (not ahead[0] or STAGE in ahead[0]):
         raise ValueError(f"{name} {text!r}: a depth of multi-token prediction is letters of layers, not {ahead[0]!r}")
     stages = tuple(main.split(STAGE))

@@ -83,6 +83,12 @@ def test_letters_of_mixers():
         ("--mtp-hybrid-override-pattern M", "mtp_hybrid_override_pattern is deprecated: write hybrid_layer_pattern"),
         ("--hybrid-layer-pattern GD", r"unknown letters \['D'\]"),
         ("--hybrid-layer-pattern=", "hybrid_layer_pattern '' is empty; it must have a letter a layer"),
+        ("--hybrid-layer-pattern /G-", "has no layers of the model itself before /"),
+        (
+            "--hybrid-layer-pattern G- --position-embedding-type mrope",
+            "must be learned_absolute, rope, yarn, none, but is m",
+        ),
+        ("--position-embedding-type none --use-rope-scaling", "needs position_embedding_type rope, not none"),
         ("--hybrid-layer-pattern G-/", "a depth of multi-token prediction is letters of layers, not ''"),
         ("--hybrid-layer-pattern G-/G|-", r"letters of layers, not 'G\|-'"),
         (
