@@ -8,29 +8,32 @@ from unittest import mock
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 from megatron.training import arguments as megatrons
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder
 
-from linear_moe.mcore import arguments, model, pattern, pretrain
+from linear_moe.mcore import arguments, model, pattern, pretrain, specs
 from linear_moe.mcore.norm import Norm
 from linear_moe.mcore.specs import hybrid_spec
-
-KINDS = {"*": "attention_layer", "+": "mla_layer", "-": "mlp_layer", "E": "moe_layer"}
 
 
 def layer_specs(config, options, vp_stage=None) -> TransformerBlockSubmodules:
     """Of each two letters of the pattern one layer."""
     letters = options.pattern.main
-    parts = hybrid_spec(config, replace(options, pattern=pattern.Pattern((options.pattern.mixing,)))).submodules
+    mixer = hybrid_spec(
+        config, replace(options, pattern=pattern.Pattern((options.pattern.mixing,)))
+    ).submodules.gdn_layer
     layers = []
     for mixing, feeding in zip(letters[::2], letters[1::2], strict=True):
-        first, second = (getattr(parts, KINDS.get(letter, "gdn_layer")) for letter in (mixing, feeding))
-        taken = {name: getattr(second.submodules, name) for name in ("pre_mlp_layernorm", "mlp", "mlp_bda")}
-        keys = first.submodules.sharded_state_dict_keys_map | second.submodules.sharded_state_dict_keys_map
-        submodules = replace(first.submodules, **taken, sharded_state_dict_keys_map=keys)
-        layers.append(ModuleSpec(module=first.module, params=first.params, submodules=submodules))
+        whole = specs._local_submodules(config, feeding == "E")
+        if mixing in "*+":
+            layers.append(ModuleSpec(module=TransformerLayer, submodules=whole))
+            continue
+        keys = {old: new for old, new in whole.sharded_state_dict_keys_map.items() if old != "input_layernorm."}
+        attention = mixer.submodules.self_attention
+        whole = replace(whole, self_attention=attention, input_layernorm=Norm, sharded_state_dict_keys_map=keys)
+        layers.append(ModuleSpec(module=mixer.module, params=mixer.params, submodules=whole))
     offset = get_transformer_layer_offset(config, vp_stage=vp_stage)
     own = layers[offset : offset + get_num_layers_to_build(config, vp_stage=vp_stage)]
     return TransformerBlockSubmodules(layer_specs=own, layer_norm=Norm)

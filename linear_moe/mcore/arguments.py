@@ -93,6 +93,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def _patch_validation() -> None:
     """Let Megatron's checks, and all that follows, see our layers as the pattern of a HybridModel. Idempotent."""
+    from linear_moe.mcore.checks import check_arguments
+
     original = megatrons.validate_args
     if hasattr(original, "__wrapped__"):
         return
@@ -100,6 +102,7 @@ def _patch_validation() -> None:
     @functools.wraps(original)
     def validate_args(args, *rest, **kwargs):
         if hasattr(args, "mixer"):
+            check_arguments(args)
             translate(args, layer_options(args).pattern)
         return original(args, *rest, **kwargs)
 

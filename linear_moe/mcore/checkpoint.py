@@ -24,7 +24,7 @@ ARCHITECTURE = (
     "apply_layernorm_1p add_bias_linear add_qkv_bias qk_layernorm attention_output_gate "
     "untie_embeddings_and_output_weights vocab_size "
     "multi_latent_attention q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim "
-    "position_embedding_type num_experts moe_ffn_hidden_size "
+    "position_embedding_type mtp_use_repeated_layer num_experts moe_ffn_hidden_size "
     "moe_shared_expert_intermediate_size moe_shared_expert_gate moe_router_enable_expert_bias "
     "mixer mixer_args mom_memories mom_shared_memory mom_single_kv"
 ).split()

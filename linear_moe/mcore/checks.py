@@ -81,6 +81,13 @@ def _check_pattern(args, options: LayerOptions) -> None:
         raise ValueError(f"position_embedding_type must be {', '.join(POSITIONS)}, but is {positions}")
     if args.use_rope_scaling and positions != "rope":
         raise ValueError(f"use_rope_scaling needs position_embedding_type rope, not {positions}")
+    pattern = options.pattern
+    last = pattern.ahead.rfind(EXPERTS)
+    if last >= len(pattern.main) + pattern.depths:  # Megatron counts a depth's layers from the model's first
+        raise ValueError(
+            f"the pattern {text!r} has {EXPERTS} as letter {last + 1} of a depth, beyond Megatron's table of experts, "
+            f"which holds {len(pattern.main)} layers and {pattern.depths} depths"
+        )
     if options.pattern.depths and args.position_embedding_type not in ("rope", "none"):
         raise ValueError(
             f"multi-token prediction needs position_embedding_type rope or none, not {args.position_embedding_type}"
@@ -166,6 +173,16 @@ def _check_training(args, options: LayerOptions) -> None:
         raise ValueError(
             f"lr_warmup_iters ({args.lr_warmup_iters}) must be below lr_decay_iters or train_iters ({decay})"
         )
+    lost = ("cpu_offloading_num_layers", "fp8_output_proj", "defer_embedding_wgrad_compute")
+    lost = [name for name in lost if getattr(args, name, None)]
+    if lost:
+        raise ValueError(f"Megatron's HybridModel does not have {', '.join(lost)}")
+    if options.pattern.depths and args.recompute_granularity == "full" and args.recompute_method == "uniform":
+        if args.recompute_num_layers != 1:
+            raise ValueError(
+                "multi-token prediction with uniform recomputation needs recompute_num_layers 1, "
+                f"not {args.recompute_num_layers}"
+            )
     missing_te = {"layernorm", "moe_act"} & set(args.recompute_modules or ())
     if args.transformer_impl == "local" and args.recompute_granularity == "selective" and missing_te:
         raise ValueError(f"recompute_modules {sorted(missing_te)} need --transformer-impl transformer_engine")

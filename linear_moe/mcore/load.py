@@ -102,6 +102,9 @@ def saved_limits(saved: argparse.Namespace) -> Limits:
 def _arguments(saved: argparse.Namespace, overrides: dict[str, object], path: Path) -> argparse.Namespace:
     """Arguments of the same model here: the checkpoint's, this machine's, and above them the overrides."""
     overrides = {name.replace("_", "-"): value for name, value in overrides.items()} | ONE_PROCESS
+    fixed = {"num-layers", "layer-pattern", "hybrid-layer-pattern", "moe-layer-freq"} & overrides.keys()
+    if fixed:
+        raise ValueError(f"{path} says which layers there are, so {', '.join(sorted(fixed))} cannot be overridden")
 
     def add_with_defaults(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parser = add_arguments(parser)

@@ -20,6 +20,7 @@ from megatron.training import arguments as megatrons
 from megatron.training.argument_utils import hybrid_config_from_args
 from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfig
 
+from linear_moe.mcore import experts
 from linear_moe.mcore.arguments import (
     add_arguments,
     config_argv,
@@ -50,7 +51,10 @@ def model_config(args) -> HybridModelConfig:
         ValueError: arguments that do not fit together (see ``check_arguments``).
     """
     check_arguments(args)
+    if args.hybrid_layer_pattern is None:
+        raise ValueError("validate_args was imported before add_arguments ran: call megatron.training.arguments' own")
     patch_megatron()
+    experts.patch()
     if args.padded_vocab_size is None and args.vocab_size is not None:  # no tokenizer was built
         args.padded_vocab_size = padded_size(args.vocab_size, args)
     config = hybrid_config_from_args(args)

@@ -197,6 +197,11 @@ def _cut(args, units: list[str]) -> tuple[str, ...]:
         ValueError: flags that do not cut them evenly.
     """
     size, chunks, layout = args.pipeline_model_parallel_size, args.num_virtual_stages_per_pipeline_rank, None
+    given = [flag for flag in CUTS[:3] if getattr(args, flag)]
+    if len(given) > 1:
+        raise ValueError(f"no more than one of {', '.join(given)} can cut the model into stages")
+    if size == 1 and given:
+        raise ValueError(f"{given[0]} needs pipeline_model_parallel_size above 1")
     if size == 1:
         return ("".join(units),)
     try:
@@ -205,7 +210,13 @@ def _cut(args, units: list[str]) -> tuple[str, ...]:
             chunks = layout.virtual_pipeline_model_parallel_size
         elif args.num_layers_per_virtual_pipeline_stage:
             extra = args.account_for_embedding_in_pipeline_split + args.account_for_loss_in_pipeline_split
-            chunks = (len(units) + extra) // size // args.num_layers_per_virtual_pipeline_stage
+            chunks, rest = divmod(len(units) + extra, size * args.num_layers_per_virtual_pipeline_stage)
+            if rest:
+                raise ValueError(
+                    f"{len(units) + extra} layers (embedding and loss too, where the split counts them) cannot be cut "
+                    f"for {size} ranks into stages of num_layers_per_virtual_pipeline_stage "
+                    f"({args.num_layers_per_virtual_pipeline_stage})"
+                )
         asked = SimpleNamespace(
             num_layers=len(units),
             pipeline_model_parallel_size=size,
@@ -239,8 +250,10 @@ def translate(args, pattern: Pattern) -> None:
     if args.hybrid_layer_pattern is None:
         for flag, other in (("no_rope_freq", 1), ("window_attn_skip_freq", 0)):
             setattr(args, flag, _twice(flag, getattr(args, flag), other, args.num_layers))
-        if args.recompute_num_layers is not None:
+        if args.recompute_num_layers is not None and not pattern.depths:  # Megatron wants 1 with depths
             args.recompute_num_layers *= 2
+        args.num_layers_at_start_in_bf16 *= 2
+        args.num_layers_at_end_in_bf16 *= 2
     args.layers, args.hybrid_layer_pattern = pattern.text, pattern.megatrons
     args.num_layers, args.moe_layer_freq = len(pattern.main), 1
     args.mtp_num_layers = pattern.depths or None

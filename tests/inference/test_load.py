@@ -46,6 +46,7 @@ def test_overrides(trained, seed):
     assert {p.dtype for p in other.parameters() if p.ndim > 1} >= {torch.bfloat16}
     for overrides, message in (
         ({"hidden_size": 128}, "(?s)is of another architecture:.*hidden_size: 64 in the checkpoint, 128 now"),
+        ({"num_layers": 1}, "says which layers there are, so num-layers cannot be overridden"),
         ({"swiglu": False}, "(?s)is of another architecture:.*swiglu: True in the checkpoint, False now"),
         ({"hiden_size": 128}, "load_model: unknown key 'hiden-size'; did you mean 'hidden-size'"),
     ):

@@ -1,10 +1,11 @@
 """Patterns: what they say, what --layer-pattern stands for, where pipelines cut them, what they may not be."""
 
 import pytest
+from megatron.training import arguments
 
 from linear_moe.mcore.arguments import config_argv, expand_argv, layer_options
 from linear_moe.mcore.checks import check_arguments
-from linear_moe.mcore.model import parse
+from linear_moe.mcore.model import model_config, parse
 from linear_moe.mcore.pattern import translate
 
 MODEL = {"num-layers": 4, "hidden-size": 32, "num-attention-heads": 4, "seq-length": 8, "vocab-size": 128}
@@ -83,6 +84,25 @@ def test_letters_of_mixers():
         ("--mtp-hybrid-override-pattern M", "mtp_hybrid_override_pattern is deprecated: write hybrid_layer_pattern"),
         ("--hybrid-layer-pattern GD", r"unknown letters \['D'\]"),
         ("--hybrid-layer-pattern=", "hybrid_layer_pattern '' is empty; it must have a letter a layer"),
+        (
+            f"--layer-pattern L {PP2} --num-layers-per-virtual-pipeline-stage 3",
+            r"4 layers .* cannot be cut for 2 ranks into stages of num_layers_per_virtual_pipeline_stage \(3\)",
+        ),
+        (
+            f"{PP2} --num-layers-per-virtual-pipeline-stage 1 --pipeline-model-parallel-layout Ett|ttL",
+            "no more than one of num_layers_per_virtual_pipeline_stage, pipeline_model_parallel_layout",
+        ),
+        ("--num-virtual-stages-per-pipeline-rank 2", "needs pipeline_model_parallel_size above 1"),
+        (
+            "--hybrid-layer-pattern G-/G-*E --num-experts 2 --position-embedding-type rope",
+            "has E as letter 4 of a depth, beyond Megatron's table of experts, which holds 2 layers and 1 depths",
+        ),
+        ("--cpu-offloading-num-layers 1", "HybridModel does not have cpu_offloading_num_layers"),
+        (
+            "--layer-pattern L --mtp-num-layers 1 --recompute-granularity full --recompute-method uniform "
+            "--recompute-num-layers 2",
+            "multi-token prediction with uniform recomputation needs recompute_num_layers 1, not 2",
+        ),
         ("--hybrid-layer-pattern /G-", "has no layers of the model itself before /"),
         (
             "--hybrid-layer-pattern G- --position-embedding-type mrope",
@@ -139,3 +159,11 @@ def test_ratios_are_named_with_what_to_write():
         ValueError, match="unknown flag --hybrid-mlp-ratio; write the layers out: --hybrid-layer-pattern"
     ):
         expand_argv("--hybrid-mlp-ratio 0.5".split())
+
+
+def test_arguments_that_were_not_translated_are_refused():
+    """A script that bound validate_args before our flags came would train a model without layers."""
+    args = parsed("--layer-pattern L")
+    arguments.validate_args.__wrapped__(args)
+    with pytest.raises(ValueError, match="validate_args was imported before add_arguments ran"):
+        model_config(args)

@@ -6,22 +6,22 @@ from tests.parallel import harness
 from tests.parallel.launch import Case, run_cases
 from tests.parallel.test_layouts import DIST, EP2, MOE, PP2, SP, TP2, last_iterations
 
-# Two mixers, one after the other and without a feed-forward; softmax; a depth or two of multi-token prediction.
+# Two mixers, one after the other and without a feed-forward, the first by its depth; a depth or two ahead.
 PATTERN = (
-    '--mixer {"G":"gated_deltanet","M":"mamba2"} --mixer-args {"G":{},"M":{}} --mom-memories 2 --mom-topk 1 '
-    "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 32 --moe-router-load-balancing-type none "
-    "--hybrid-layer-pattern "
+    '--mixer {"G":"lightning","M":"mamba2"} --mixer-args {"G":{},"M":{}} --mom-memories 2 --mom-topk 1 '
+    "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 32 --moe-router-load-balancing-type aux_loss "
+    "--moe-aux-loss-coeff 1e-2 --hybrid-layer-pattern "
 )
 MTP = PATTERN + "GM*E/ME/ME"
 LAYOUTS = {  # name: (processes, flags)
     "pattern": (1, f"{PATTERN}GM-*ME"),
     "pattern-tp2-sp": (2, f"{PATTERN}GM-*ME {TP2} {SP}"),
     "pattern-pp2": (2, f"{PATTERN}GM|-*ME {PP2}"),
-    "pattern-vpp": (2, f"{PATTERN}GM|-|*|ME {PP2}"),
+    "pattern-vpp": (2, f"{PATTERN}GM|-|*|ME {PP2}"),  # experts on one rank only
     "pattern-ep2-dist": (2, f"{PATTERN}GM-*ME {EP2} {DIST}"),
     "mtp": (1, MTP),
     "mtp-tp2-sp": (2, f"{MTP} {TP2} {SP}"),
-    "mtp-pp2": (2, f"{PATTERN}GM|*E/ME/ME {PP2}"),
+    "mtp-pp2": (2, f"{PATTERN}GM|*E/ME/ME {PP2}"),  # a stage without experts
     "mtp-recompute": (1, f"{MTP} --mixer-recompute --recompute-granularity full --recompute-method uniform "
                          "--recompute-num-layers 1"),
     "mtp-repeated": (1, f"{MTP} --mtp-use-repeated-layer"),

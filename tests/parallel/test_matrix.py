@@ -38,14 +38,14 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def differences(runs, first_steps):
-    """Model -> what differs between one process and two, and between two and one that go on from one checkpoint."""
+    """Model -> what differs between one process and two, and between two and one that go on from one checkpoint, by
+    more than a bound."""
 
     @functools.cache
-    def find(*model):
+    def find(*model, bound=1e-4):
         tp2, moved = (runs[model][name].result for name in ("tp2", "moved"))
-        bounds = {"tensors": 2e-4}  # rebased divides by a sum that nearly cancels
-        in_two = harness.differences(part(tp2, 1), first_steps(model), **bounds)
-        moved = harness.differences(part(moved, 2, first=2), part(tp2, 2, first=2), **bounds)
+        in_two = harness.differences(part(tp2, 1), first_steps(model), tensors=bound)
+        moved = harness.differences(part(moved, 2, first=2), part(tp2, 2, first=2), tensors=bound)
         return in_two + [f"moved: {line}" for line in moved]
 
     return find
@@ -71,11 +71,12 @@ def test_model_of_all_mixers(runs, differences, base, form):
 def test_cell_trains_shards_and_moves(first_steps, differences, mixer, base):
     """All parameters of its layer get a gradient, the same in one process and two; its checkpoint moves."""
     layer = matrix.layer_of(mixer, base)
+    loose = {"bound": 2e-4} if mixer == "rebased" else {}  # it divides by a sum that nearly cancels
     for form in MIXED_FORMS:
         tensors = first_steps((base, form)).tensors
         moments = [name for name in of_layer(tensors, layer) if name.startswith("optimizer.state.exp_avg.")]
         assert moments and all(tensors[name].isfinite().all() and tensors[name].any() for name in moments)
-        assert not of_layer(differences(base, form), layer)
+        assert not of_layer(differences(base, form, **loose), layer)
 
 
 @functools.cache
