@@ -42,7 +42,7 @@ def layer_specs(config, options, vp_stage=None) -> TransformerBlockSubmodules:
 def model_config(args):
     """What `linear_moe.mcore.model.model_config` was."""
     config = gpt_config_from_args(args)
-    options = arguments.layer_options(args)
+    options = specs.layer_options(args)
     config.pre_wrap_hooks += [model._watch_calls]
     config.transformer_layer_spec = lambda of, vp_stage=None: layer_specs(of.transformer, options, vp_stage)
     if args.use_cpu_initialization and args.perform_initialization:

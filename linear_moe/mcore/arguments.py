@@ -14,10 +14,11 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.training import arguments as megatrons
 
 from linear_moe.mcore.checkpoint import CHECKPOINT_DEFAULTS
+from linear_moe.mcore.checks import check_arguments
 from linear_moe.mcore.configs import read_config
 from linear_moe.mcore.cpu import cpu_defaults
-from linear_moe.mcore.pattern import make_pattern, translate
-from linear_moe.mcore.specs import LayerOptions, mixer_options
+from linear_moe.mcore.pattern import translate
+from linear_moe.mcore.specs import layer_options
 from linear_moe.mcore.vocabulary import patch_padding
 from linear_moe.mom import MoMConfig
 from linear_moe.ssm import MIXERS
@@ -93,8 +94,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def _patch_validation() -> None:
     """Let Megatron's checks, and all that follows, see our layers as the pattern of a HybridModel. Idempotent."""
-    from linear_moe.mcore.checks import check_arguments
-
     original = megatrons.validate_args
     if hasattr(original, "__wrapped__"):
         return
@@ -145,32 +144,6 @@ def _json_object(text: str, example: str = '{"head_dim": 64}') -> dict:
 
 def _mixer_names(text: str) -> str | dict:
     return _json_object(text, '{"G": "gla", "M": "mamba2"}') if text.startswith("{") else text
-
-
-def layer_options(args) -> LayerOptions:
-    """What the arguments say about the layers.
-
-    Args:
-        args: parsed arguments, Megatron's and ours.
-
-    Raises:
-        ValueError: whatever does not fit together, with the rule and the values.
-    """
-    mixers = mixer_options(args, norm_eps=args.layernorm_epsilon)
-    pattern = make_pattern(args, mixers)
-    mom = None
-    if args.mom_memories < 0:
-        raise ValueError(f"mom_memories must be 0 (no MoM) or the number of memories, but is {args.mom_memories}")
-    if args.mom_memories:
-        mom = MoMConfig(
-            memories=args.mom_memories,
-            topk=args.mom_topk,
-            shared=args.mom_shared_memory,
-            single_kv=args.mom_single_kv,
-            balance_coeff=args.mom_balance_coeff,
-            z_loss_coeff=args.mom_z_loss_coeff,
-        )
-    return LayerOptions(pattern, mixers, mom, args.mixer_recompute, args.mixer_init_gain)
 
 
 def config_argv(config: Mapping[str, object], source: str = "config") -> list[str]:

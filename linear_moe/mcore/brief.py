@@ -5,8 +5,8 @@ from datetime import timedelta
 
 import torch
 
-from linear_moe.mcore.arguments import layer_options
 from linear_moe.mcore.data_checks import data_sources
+from linear_moe.mcore.specs import layer_options
 
 # Of Megatron's line about an iteration: what does not change, or is said otherwise.
 LEFT_OUT = (

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 
-from linear_moe.mcore.arguments import layer_options
 from linear_moe.mcore.muon import check_muon
 from linear_moe.mcore.pattern import EXPERTS, LATENT, SOFTMAX
-from linear_moe.mcore.specs import LayerOptions
+from linear_moe.mcore.specs import LayerOptions, layer_options
 from linear_moe.ops.backend import check_compiler
 from linear_moe.ssm.declaration import check_declaration
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from linear_moe.mcore.arguments import layer_options
 from linear_moe.mcore.pattern import EXPERTS, FEED_FORWARD, LATENT, SOFTMAX
-from linear_moe.mcore.specs import MixerOptions
+from linear_moe.mcore.specs import MixerOptions, layer_options
 from linear_moe.mom import MoMConfig
 
 

@@ -7,10 +7,10 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.training import get_args, get_tensorboard_writer, get_timers, get_wandb_writer, training
 from megatron.training.utils import print_rank_last
 
-from linear_moe.mcore.arguments import layer_options
 from linear_moe.mcore.brief import progress
 from linear_moe.mcore.flops import training_flops
 from linear_moe.mcore.quiet import megatron
+from linear_moe.mcore.specs import layer_options
 from linear_moe.mcore.telemetry import telemetry
 
 

@@ -21,12 +21,7 @@ from megatron.training.argument_utils import hybrid_config_from_args
 from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfig
 
 from linear_moe.mcore import experts
-from linear_moe.mcore.arguments import (
-    add_arguments,
-    config_argv,
-    layer_options,
-    set_argv,
-)
+from linear_moe.mcore.arguments import add_arguments, config_argv, set_argv
 from linear_moe.mcore.call import before_forward
 from linear_moe.mcore.checkpoint import patch_megatron
 from linear_moe.mcore.checks import check_arguments
@@ -34,7 +29,7 @@ from linear_moe.mcore.configs import read_config
 from linear_moe.mcore.cpu import enable_cpu
 from linear_moe.mcore.init import reinitialize
 from linear_moe.mcore.mixer_layer import MixerLayer
-from linear_moe.mcore.specs import hybrid_spec
+from linear_moe.mcore.specs import hybrid_spec, layer_options
 from linear_moe.mcore.vocabulary import padded_size
 
 ONE_PROCESS = {"tensor-model-parallel-size": 1, "pipeline-model-parallel-size": 1, "expert-model-parallel-size": 1}

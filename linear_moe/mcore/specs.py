@@ -29,7 +29,7 @@ from linear_moe.mcore.attention import LatentAttention, TorchAttention
 from linear_moe.mcore.cached_attention import CachedLatentAttention, CachedSelfAttention
 from linear_moe.mcore.mixer_layer import MixerLayer, MixerLayerSubmodules, MixerTransformerLayer
 from linear_moe.mcore.norm import Norm
-from linear_moe.mcore.pattern import RESERVED, Pattern, mixer_letters
+from linear_moe.mcore.pattern import RESERVED, Pattern, make_pattern, mixer_letters
 from linear_moe.mom import MoMConfig
 from linear_moe.ssm import Mixer, mixer_class
 
@@ -104,6 +104,32 @@ def mixer_options(args, **defaults: object) -> dict[str, MixerOptions]:
         config = mixer.make_config(args.hidden_size, args.num_attention_heads, defaults | given.get(letter, {}))
         found[letter] = MixerOptions(mixer, config)
     return found
+
+
+def layer_options(args) -> LayerOptions:
+    """What the arguments say about the layers.
+
+    Args:
+        args: parsed arguments, Megatron's and ours.
+
+    Raises:
+        ValueError: whatever does not fit together, with the rule and the values.
+    """
+    mixers = mixer_options(args, norm_eps=args.layernorm_epsilon)
+    pattern = make_pattern(args, mixers)
+    mom = None
+    if args.mom_memories < 0:
+        raise ValueError(f"mom_memories must be 0 (no MoM) or the number of memories, but is {args.mom_memories}")
+    if args.mom_memories:
+        mom = MoMConfig(
+            memories=args.mom_memories,
+            topk=args.mom_topk,
+            shared=args.mom_shared_memory,
+            single_kv=args.mom_single_kv,
+            balance_coeff=args.mom_balance_coeff,
+            z_loss_coeff=args.mom_z_loss_coeff,
+        )
+    return LayerOptions(pattern, mixers, mom, args.mixer_recompute, args.mixer_init_gain)
 
 
 def hybrid_spec(config, options: LayerOptions) -> ModuleSpec:

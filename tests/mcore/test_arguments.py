@@ -8,10 +8,11 @@ import yaml
 from megatron.training.arguments import add_megatron_arguments
 
 from linear_moe.mcore import checks
-from linear_moe.mcore.arguments import add_arguments, config_argv, expand_argv, layer_options
+from linear_moe.mcore.arguments import add_arguments, config_argv, expand_argv
 from linear_moe.mcore.checks import check_arguments
 from linear_moe.mcore.configs import CONFIGS, packaged, read_config
 from linear_moe.mcore.pattern import expand_pattern
+from linear_moe.mcore.specs import layer_options
 
 MODEL = {"num-layers": 4, "hidden-size": 32, "num-attention-heads": 4, "seq-length": 32}
 

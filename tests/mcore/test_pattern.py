@@ -3,10 +3,11 @@
 import pytest
 from megatron.training import arguments
 
-from linear_moe.mcore.arguments import config_argv, expand_argv, layer_options
+from linear_moe.mcore.arguments import config_argv, expand_argv
 from linear_moe.mcore.checks import check_arguments
 from linear_moe.mcore.model import model_config, parse
 from linear_moe.mcore.pattern import translate
+from linear_moe.mcore.specs import layer_options
 
 MODEL = {"num-layers": 4, "hidden-size": 32, "num-attention-heads": 4, "seq-length": 8, "vocab-size": 128}
 MODEL |= {"max-position-embeddings": 8, "position-embedding-type": "rope", "micro-batch-size": 1}

@@ -125,11 +125,12 @@ def test_reset():
 
 
 def test_bf16(rule):
-    """bf16 operands against the loop in float64 on the same rounded operands: only the output is rounded."""
+    """bf16 operands against the loop in float64 on the same rounded operands: only the output is rounded, and its
+    gradient, in sums of which terms cancel."""
     fresh_seed()
     x = inputs(rule, 2, 100)
     x |= {name: x[name].bfloat16().double() for name in ("q", "k", "v")}
-    cases.assert_close(cases.run(rule, x, torch.bfloat16), cases.run(rule, x, backend="reference"), 1e-2, 1e-2)
+    cases.assert_close(cases.run(rule, x, torch.bfloat16), cases.run(rule, x, backend="reference"), 1e-2, 2e-2)
 
 
 def test_gradcheck(rule):
