@@ -133,9 +133,8 @@ def arguments_of(config: str | Path | Mapping[str, object], **overrides: object)
 def model_from_args(args) -> torch.nn.Module:
     """The model of parsed arguments, in this one process."""
     _allow_copies()
-    check_arguments(args)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints every argument
-        megatrons.validate_args(args)
+        megatrons.validate_args(args)  # and ours: see add_arguments
     if not torch.distributed.is_initialized():
         store = torch.distributed.HashStore()
         backend = "nccl" if torch.cuda.is_available() and args.distributed_backend == "nccl" else "gloo"

@@ -174,8 +174,7 @@ class LocalStack(HybridStack):
 
 def _attention(layer: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
     """Of a whole layer, what mixes the sequence."""
-    names = ("input_layernorm", "self_attention", "self_attn_bda")
-    return _half(layer, names)
+    return _half(layer, ("input_layernorm", "self_attention", "self_attn_bda"))
 
 
 def _feed_forward(layer: TransformerLayerSubmodules) -> TransformerLayerSubmodules:

@@ -91,7 +91,7 @@ def test_impossible_tasks_are_refused(arguments, message):
     "mom", ({}, {"mom-memories": 3}, {"mom-memories": 2, "mom-topk": 1, "mom-shared-memory": False})
 )
 @pytest.mark.parametrize("mixer", ("gated_deltanet", "gla", "mamba2", "based", "gsa", "rwkv6"))
-def test_state_is_what_the_layer_carries(mixer, mom, monkeypatch, seed):
+def test_state_is_what_the_layer_carries(mixer, mom, seed):
     """Counted in what it keeps of sequences that are read."""
     model = build_model(SMALL | mom, mixer=mixer, layer_pattern="L").eval()
     layer, batch = model.decoder.layers[2], 3
